@@ -1,0 +1,3 @@
+//! The `evergate` binary: everything is in the library.
+
+fn main() {}
