@@ -1,8 +1,26 @@
 //! What evergate runs by, validated: every value here has been checked and has its default.
 //!
-//! `file` mirrors the TOML text without logic, `validate` turns it into these types and collects
-//! every error with its line and key path, `diff` compares two of them. A policy's parameters are
-//! the policy's own type, built here: config knows policy, never the reverse.
+//! `file` reads TOML as typed places that know their line and key path, `validate` says what they
+//! mean and collects every error, `effective` writes the result back with all its defaults, `diff`
+//! compares two of them. A policy's parameters are the policy's own type, built here: config knows
+//! policy, never the reverse.
+
+mod defaults;
+mod diff;
+mod effective;
+mod error;
+mod file;
+mod files;
+mod keys;
+mod load;
+mod memory;
+mod units;
+mod validate;
+
+pub use diff::{Change, Effect, diff};
+pub use error::{ConfigError, ConfigErrors};
+pub use keys::known_keys;
+pub use load::{from_flags, load, parse};
 
 use std::net::SocketAddr;
 use std::num::{NonZeroU32, NonZeroUsize};

@@ -1,0 +1,121 @@
+//! The defaults, each a decision with its reason. `docs/configuration.md` says what to watch.
+//!
+//! A configuration that says nothing gets every protection; what is off by default is off because
+//! no number could be right for everybody (a total clock, a cap on one backend).
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::num::NonZeroUsize;
+use std::time::Duration;
+
+use http::uri::PathAndQuery;
+
+use super::memory::memory_default;
+use super::{
+    AccessLogTarget, Admin, BackendClocks, ClientClocks, Limits, Listener, LogFormat, Probe, ProbeKind, Telemetry,
+};
+
+/// Longer than most streams need to end, shorter than the 30 s + slack orchestrators wait before SIGKILL.
+pub(super) const DRAIN_DEADLINE: Duration = Duration::from_secs(30);
+/// The level at which a line is worth an operator's eyes.
+const LOG_LEVEL: &str = "info";
+
+/// One runtime per core that the container may use.
+pub(super) fn workers() -> NonZeroUsize {
+    std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN)
+}
+
+/// Loopback: an address for the world is the operator's decision.
+impl Default for Listener {
+    fn default() -> Self {
+        Self {
+            address: SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 8080),
+            tls: None,
+            trusted_proxies: Vec::new(),
+        }
+    }
+}
+
+/// Loopback and no token: who is on the machine may operate it.
+impl Default for Admin {
+    fn default() -> Self {
+        Self { address: SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9901), token: None }
+    }
+}
+
+impl Default for Probe {
+    fn default() -> Self {
+        Self {
+            kind: ProbeKind::Http {
+                path: PathAndQuery::from_static("/health"),
+                statuses: Vec::new(),
+                body: None,
+            },
+            interval: Duration::from_secs(5),
+            interval_unsteady: Duration::from_secs(1),
+            timeout: Duration::from_secs(1),
+        }
+    }
+}
+
+impl Default for BackendClocks {
+    fn default() -> Self {
+        Self {
+            // One lost SYN is sent again after 1 s; two lost mean another backend is the better bet.
+            connect: Duration::from_secs(2),
+            connect_tls: Duration::from_secs(3),
+            write_idle: Duration::from_secs(10),
+            head: Duration::from_secs(10),
+            // A long prompt on a busy replica; suspicion (hedge, verify) comes much earlier.
+            first_token: Duration::from_secs(120),
+            answer: Duration::from_secs(600),
+            inter_token: Duration::from_secs(15),
+            silence_max: Duration::from_secs(300),
+            body_idle: Duration::from_secs(15),
+            total: None,
+            // uvicorn and llama.cpp close at 5 s.
+            idle: Duration::from_secs(4),
+            h2_ping: Duration::from_secs(5),
+            h2_ping_timeout: Duration::from_secs(2),
+            dns_min: Duration::from_secs(5),
+        }
+    }
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connections_max: 10_000,
+            head_bytes_max: 64 << 10,
+            headers_max: 100,
+            // Images and audio travel in base64 inside JSON.
+            body_bytes_max: 256 << 20,
+            replay_body_max: 16 << 20,
+            held_body_max: 16 << 20,
+            event_bytes_max: 1 << 20,
+            memory_max: memory_default(),
+            h2_streams_max: 256,
+        }
+    }
+}
+
+impl Default for ClientClocks {
+    fn default() -> Self {
+        Self {
+            // Longer than the 60 s after which common load balancers reuse no more.
+            idle: Duration::from_secs(75),
+            head: Duration::from_secs(10),
+            upload_idle: Duration::from_secs(30),
+            slow_reader: Duration::from_secs(60),
+        }
+    }
+}
+
+impl Default for Telemetry {
+    fn default() -> Self {
+        Self {
+            log_level: LOG_LEVEL.to_owned(),
+            log_format: LogFormat::Auto,
+            access_log: AccessLogTarget::Stdout,
+        }
+    }
+}
