@@ -1,0 +1,203 @@
+//! What happened to a backend, as values with their reasons: the caller logs, counts and publishes them.
+
+use super::super::Moment;
+use std::fmt;
+use std::time::Duration;
+
+/// Why a backend was ejected, or would have been.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum EjectReason {
+    /// So many faults in a row.
+    ConsecutiveFaults(u32),
+    /// Too few of its recent outcomes were successes, and its peers do better.
+    SuccessRate {
+        /// Its own rate, 0..=1.
+        rate: f64,
+        /// The median of its peers, 0..=1.
+        peers: f64,
+    },
+    /// It refuses our credentials or does not know the model its peers serve.
+    Misconfigured,
+    /// Unfinished work stands still there while its peers move (verified by the caller).
+    Stuck,
+}
+
+impl EjectReason {
+    /// For metric labels.
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::ConsecutiveFaults(_) => "consecutive_faults",
+            Self::SuccessRate { .. } => "success_rate",
+            Self::Misconfigured => "misconfigured",
+            Self::Stuck => "stuck",
+        }
+    }
+}
+
+impl fmt::Display for EjectReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::ConsecutiveFaults(count) => write!(f, "{count} consecutive faults"),
+            Self::SuccessRate { rate, peers } => {
+                write!(f, "success rate {rate:.2} while the median of its peers is {peers:.2}")
+            }
+            Self::Misconfigured => f.write_str("misconfigured"),
+            Self::Stuck => f.write_str("stuck"),
+        }
+    }
+}
+
+/// Why a backend that deserved ejection was kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KeptBecause {
+    /// No other backend of the pool is eligible.
+    LastEligible,
+    /// Half of the pool is ejected already, and a rate is no proof of death.
+    HalfEjected,
+}
+
+impl KeptBecause {
+    /// For metric labels.
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::LastEligible => "last_eligible",
+            Self::HalfEjected => "half_ejected",
+        }
+    }
+}
+
+/// One change of a backend's operational state.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Transition {
+    /// A first pass, or `rise` passes after having been unhealthy.
+    ProbesPassed {
+        /// Passes in a row.
+        passes: u32,
+        /// The last was a weak pass (a 404 on the guessed path): warn, the probe proves little.
+        weak: bool,
+        /// It returns by a trial; otherwise it is eligible at once.
+        probation: bool,
+    },
+    /// `fall` probes failed in a row: unhealthy.
+    ProbesFailed {
+        /// Failures in a row.
+        fails: u32,
+    },
+    /// Probes fail, requests succeed: the probes have no vote until one passes. The probe is probably wrong.
+    ProbesOutvoted {
+        /// Failures in a row.
+        fails: u32,
+    },
+    /// It served a request before any probe of it had passed.
+    ProvenByTraffic,
+    /// A probe was answered 503: no new work while another backend is eligible.
+    Refusing,
+    /// A probe passed again; slow start begins.
+    RefusalOver,
+    /// It asked for a pause.
+    Busy {
+        /// No new work before.
+        until: Moment,
+        /// It named the time itself (Retry-After).
+        stated: bool,
+    },
+    /// Removed for a time.
+    Ejected {
+        /// Its end.
+        until: Moment,
+        /// Its length.
+        lasts: Duration,
+        /// Which in a row: 1 for the first.
+        times: u32,
+        /// What for.
+        reason: EjectReason,
+    },
+    /// It deserved ejection and stays. Told once per run of faults.
+    Kept {
+        /// What for it would have been ejected.
+        reason: EjectReason,
+        /// Why it was not.
+        because: KeptBecause,
+    },
+    /// The ejection is over; a probe has to pass before the trial.
+    AwaitsProbe,
+    /// One real request may try it.
+    Probation,
+    /// The trial failed: ejected again, for longer.
+    TrialFailed {
+        /// Its end.
+        until: Moment,
+        /// Its length.
+        lasts: Duration,
+        /// Which in a row.
+        times: u32,
+    },
+    /// The trial's first token came; slow start begins.
+    Readmitted {
+        /// Time since the ejection (or since probation began, after a return by probes).
+        after: Duration,
+    },
+    /// It carries its full share again.
+    SlowStartOver,
+}
+
+impl Transition {
+    /// For events and metric labels.
+    pub const fn name(&self) -> &'static str {
+        match self {
+            Self::ProbesPassed { .. } => "probes_passed",
+            Self::ProbesFailed { .. } => "probes_failed",
+            Self::ProbesOutvoted { .. } => "probes_outvoted",
+            Self::ProvenByTraffic => "proven_by_traffic",
+            Self::Refusing => "refusing",
+            Self::RefusalOver => "refusal_over",
+            Self::Busy { .. } => "busy",
+            Self::Ejected { .. } => "ejected",
+            Self::Kept { .. } => "kept",
+            Self::AwaitsProbe => "awaits_probe",
+            Self::Probation => "probation",
+            Self::TrialFailed { .. } => "trial_failed",
+            Self::Readmitted { .. } => "readmitted",
+            Self::SlowStartOver => "slow_start_over",
+        }
+    }
+}
+
+impl fmt::Display for Transition {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::ProbesPassed { passes, weak, probation } => {
+                write!(f, "healthy: {passes} probes passed")?;
+                if *weak {
+                    f.write_str(", weakly: the path does not exist there")?;
+                }
+                f.write_str(if *probation { "; one request tries it first" } else { "" })
+            }
+            Self::ProbesFailed { fails } => write!(f, "unhealthy: {fails} probes failed in a row"),
+            Self::ProbesOutvoted { fails } => {
+                write!(f, "{fails} probes failed in a row, but requests succeed: the probe is not believed")
+            }
+            Self::ProvenByTraffic => f.write_str("healthy: served a request before any probe passed"),
+            Self::Refusing => f.write_str("refuses new work: its probe was answered 503"),
+            Self::RefusalOver => f.write_str("accepts work again, in slow start"),
+            Self::Busy { stated: true, .. } => f.write_str("busy: pauses for its Retry-After"),
+            Self::Busy { stated: false, .. } => f.write_str("busy: pauses briefly"),
+            Self::Ejected { lasts, times, reason, .. } => {
+                write!(f, "ejected for {lasts:.1?} (time {times} in a row): {reason}")
+            }
+            Self::Kept { reason, because: KeptBecause::LastEligible } => {
+                write!(f, "kept though it deserves ejection ({reason}): no other backend is eligible")
+            }
+            Self::Kept { reason, because: KeptBecause::HalfEjected } => {
+                write!(f, "kept though it deserves ejection ({reason}): half of the pool is ejected already")
+            }
+            Self::AwaitsProbe => f.write_str("ejection over: waits for a passing probe"),
+            Self::Probation => f.write_str("probation: one request tries it"),
+            Self::TrialFailed { lasts, times, .. } => {
+                write!(f, "trial failed: ejected for {lasts:.1?} (time {times} in a row)")
+            }
+            Self::Readmitted { after } => write!(f, "readmitted after {after:.1?}, in slow start"),
+            Self::SlowStartOver => f.write_str("slow start over: full share"),
+        }
+    }
+}
