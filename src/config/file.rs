@@ -10,7 +10,6 @@ use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::io::Read as _;
 use std::ops::RangeInclusive;
-use std::str::FromStr;
 use std::time::Duration;
 
 use toml::Spanned;
@@ -46,13 +45,15 @@ impl<'a> Document<'a> {
     pub(super) fn parse(&self) -> Option<DeTable<'a>> {
         let (root, syntax) = DeTable::parse_recoverable(self.text);
         for error in syntax.iter().take(SYNTAX_ERRORS_MAX) {
-            let line = self.line(error.span().map_or(self.text.len(), |span| span.start));
+            let offset = error.span().map_or(self.text.len(), |span| span.start);
+            let line = self.line(offset);
             if !self.broken_lines.borrow_mut().insert(line) {
                 continue;
             }
-            let (problem, expected) = error.message().split_once(", expected ").unwrap_or((error.message(), ""));
-            let right = if is_bare_value(self.line_text(line)) {
-                "text values stand in quotes".to_owned()
+            let (problem, expected) =
+                error.message().split_once(", expected ").unwrap_or((error.message(), ""));
+            let right = if self.is_in_bare_value(offset) {
+                "if it is text, write it in quotes".to_owned()
             } else if expected.is_empty() || expected == "nothing" {
                 String::new()
             } else {
@@ -92,8 +93,15 @@ impl<'a> Document<'a> {
         memchr::memchr_iter(b'\n', before).count() + 1
     }
 
-    fn line_text(&self, line: usize) -> &str {
-        self.text.lines().nth(line - 1).unwrap_or_default()
+    /// Whether `offset` lies in the value of `key = value`, and that is neither quoted nor a list or table.
+    fn is_in_bare_value(&self, offset: usize) -> bool {
+        let before = self.text.get(..offset).unwrap_or_default();
+        let line = before.rfind('\n').map_or(0, |newline| newline + 1);
+        let Some(equals) = before.get(line..).and_then(|before| before.find('=')) else { return false };
+        self.text
+            .get(line + equals + 1..)
+            .and_then(|value| value.trim_start_matches([' ', '\t']).chars().next())
+            .is_some_and(|first| !matches!(first, '"' | '\'' | '[' | '{' | '=' | '\r' | '\n'))
     }
 
     fn record(&self, error: ConfigError) {
@@ -123,13 +131,6 @@ impl<'a> Document<'a> {
     pub(super) fn root<'d>(&'d self, entries: &'d DeTable<'a>) -> Table<'d> {
         Table { document: self, entries: Some(entries), path: String::new(), line: 1, section: &keys::TOP }
     }
-}
-
-/// Whether `key = value` has a value that is neither quoted nor a list or table.
-fn is_bare_value(line: &str) -> bool {
-    line.split_once('=')
-        .and_then(|(_, value)| value.trim_start().chars().next())
-        .is_some_and(|first| !matches!(first, '"' | '\'' | '[' | '{' | '='))
 }
 
 /// A place with named values; absent tables answer every question with nothing.
@@ -224,7 +225,12 @@ impl<'d> Table<'d> {
 
     /// Records an error about a key that is not there.
     pub(super) fn missing(&self, key: &str, right: impl Into<String>) {
-        self.document.complain(self.line, &self.path_of(key), "is missing".to_owned(), None, right.into());
+        self.error_at(key, "is missing", right);
+    }
+
+    /// Records an error about a key that may not even be written.
+    pub(super) fn error_at(&self, key: &str, problem: impl Into<String>, right: impl Into<String>) {
+        self.document.complain(self.line, &self.path_of(key), problem.into(), None, right.into());
     }
 
     /// Records an error about the table as a whole.
@@ -416,7 +422,11 @@ impl<'d> Item<'d> {
         };
         let text = self.substitute(raw)?;
         if text.value.is_empty() {
-            let right = if text.is_secret { "the environment variable is empty" } else { "leave the key out or fill it in" };
+            let right = if text.is_secret {
+                "the environment variable is empty"
+            } else {
+                "leave the key out or fill it in"
+            };
             self.error("is empty", right);
             return None;
         }
@@ -445,7 +455,10 @@ impl<'d> Item<'d> {
         match read_secret(&path) {
             Ok(value) => Some(Text { value, is_secret: true }),
             Err(problem) => {
-                self.error(format!("cannot read the secret file {path}: {problem}"), "name a file that holds the secret alone");
+                self.error(
+                    format!("cannot read the secret file {path}: {problem}"),
+                    "name a file that holds the secret alone",
+                );
                 None
             }
         }
@@ -485,16 +498,6 @@ impl<'d> Item<'d> {
         Some(Text { value, is_secret })
     }
 
-    /// A string that parses as `T`; `right` says what one looks like.
-    pub(super) fn parsed<T: FromStr>(&self, what: &str, right: &str) -> Option<T> {
-        let text = self.string()?;
-        let parsed = text.parse().ok();
-        if parsed.is_none() {
-            self.error(format!("is not {what}"), right);
-        }
-        parsed
-    }
-
     pub(super) fn duration(&self, range: RangeInclusive<Duration>) -> Option<Duration> {
         if let DeValue::Integer(_) | DeValue::Float(_) = self.value.get_ref() {
             let number = self.shown().unwrap_or_default();
@@ -507,7 +510,10 @@ impl<'d> Item<'d> {
             return None;
         };
         if value.is_zero() && !range.contains(&value) {
-            self.error("must be longer than zero", format!("write at least \"{}\"", units::format_duration(*range.start())));
+            self.error(
+                "must be longer than zero",
+                format!("write at least \"{}\"", units::format_duration(*range.start())),
+            );
             return None;
         }
         self.in_range(value, range, units::format_duration)
@@ -522,7 +528,10 @@ impl<'d> Item<'d> {
         }
         let text = self.string()?;
         let Some(value) = units::size(&text) else {
-            self.error("is not a size", "write a number and a unit, such as \"512B\", \"64KiB\" or \"16MiB\"");
+            self.error(
+                "is not a size",
+                "write a number and a unit, such as \"512B\", \"64KiB\" or \"16MiB\"",
+            );
             return None;
         };
         self.in_range(value, range, units::format_size)
@@ -568,7 +577,10 @@ impl<'d> Item<'d> {
             _ => None,
         };
         let Some(value) = value.filter(|value| value.is_finite()) else {
-            self.error("is not a number", format!("write a number from {} to {}", range.start(), range.end()));
+            self.error(
+                "is not a number",
+                format!("write a number from {} to {}", range.start(), range.end()),
+            );
             return None;
         };
         self.in_range(value, range, |value| value.to_string())

@@ -16,8 +16,11 @@ impl Config {
     /// Empty when all is well. The text's lines are not known any more; key paths are.
     pub fn check_files(&self) -> Vec<ConfigError> {
         let mut errors = Vec::new();
-        for (index, tls) in
-            self.listeners.iter().enumerate().filter_map(|(index, listener)| Some((index, listener.tls.as_ref()?)))
+        for (index, tls) in self
+            .listeners
+            .iter()
+            .enumerate()
+            .filter_map(|(index, listener)| Some((index, listener.tls.as_ref()?)))
         {
             certificates(&mut errors, format!("listener[{index}].tls.certificate"), &tls.certificate);
             private_key(&mut errors, format!("listener[{index}].tls.key"), &tls.key);
@@ -35,7 +38,12 @@ impl Config {
             let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty());
             if directory.is_some_and(|directory| !directory.is_dir()) {
                 let problem = "its directory is not there".to_owned();
-                errors.push(error("telemetry.access_log".to_owned(), problem, path, "create it, or write another path"));
+                errors.push(error(
+                    "telemetry.access_log".to_owned(),
+                    problem,
+                    path,
+                    "create it, or write another path",
+                ));
             }
         }
         errors

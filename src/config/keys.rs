@@ -12,30 +12,72 @@ pub(super) struct Section {
 
 pub(super) const TOP: Section = Section {
     path: "",
-    keys: &["workers", "drain_deadline", "listener", "admin", "pool", "route", "limits", "client", "telemetry"],
+    keys: &[
+        "workers",
+        "drain_deadline",
+        "listener",
+        "admin",
+        "pool",
+        "route",
+        "limits",
+        "client",
+        "telemetry",
+    ],
 };
-pub(super) const LISTENER: Section = Section { path: "listener", keys: &["address", "tls", "trusted_proxies"] };
+pub(super) const LISTENER: Section =
+    Section { path: "listener", keys: &["address", "tls", "trusted_proxies"] };
 pub(super) const LISTENER_TLS: Section = Section { path: "listener.tls", keys: &["certificate", "key"] };
 pub(super) const ADMIN: Section = Section { path: "admin", keys: &["address", "token"] };
 pub(super) const POOL: Section = Section {
     path: "pool",
     keys: &[
-        "name", "backends", "models", "aliases", "http", "balance", "health", "probe", "retry", "clocks", "tls",
+        "name", "backends", "models", "aliases", "http", "balance", "health", "probe", "retry", "clocks",
+        "tls",
     ],
 };
 pub(super) const BACKEND: Section = Section {
     path: "pool.backends",
     keys: &["url", "name", "weight", "tier", "in_flight_max", "headers", "disabled"],
 };
-pub(super) const BALANCE: Section = Section { path: "pool.balance", keys: &[] };
-pub(super) const HEALTH: Section = Section { path: "pool.health", keys: &[] };
+pub(super) const BALANCE: Section =
+    Section { path: "pool.balance", keys: &["strategy", "header", "prompt_bytes", "bound"] };
+pub(super) const HEALTH: Section = Section {
+    path: "pool.health",
+    keys: &[
+        "fall",
+        "rise",
+        "eject_consecutive",
+        "success_rate_min",
+        "outcomes_min",
+        "peer_margin",
+        "window",
+        "ejection_min",
+        "ejection_max",
+        "ejection_decay",
+        "ejection_jitter",
+        "misconfigured_ejection",
+        "slow_start",
+        "slow_start_share_min",
+        "busy_min",
+        "busy_max",
+        "retry_after_max",
+    ],
+};
 pub(super) const PROBE: Section = Section {
     path: "pool.probe",
     keys: &["kind", "path", "statuses", "body", "interval", "interval_unsteady", "timeout"],
 };
 pub(super) const RETRY: Section = Section {
     path: "pool.retry",
-    keys: &["attempts_max", "budget_ratio", "budget_floor", "backoff_min", "backoff_max", "wait_max", "replay"],
+    keys: &[
+        "attempts_max",
+        "budget_ratio",
+        "budget_floor",
+        "backoff_min",
+        "backoff_max",
+        "wait_max",
+        "replay",
+    ],
 };
 pub(super) const CLOCKS: Section = Section {
     path: "pool.clocks",
@@ -81,8 +123,22 @@ pub(super) const TELEMETRY: Section =
 
 /// In the order of the documentation.
 const SECTIONS: &[&Section] = &[
-    &TOP, &LISTENER, &LISTENER_TLS, &ADMIN, &POOL, &BACKEND, &BALANCE, &HEALTH, &PROBE, &RETRY, &CLOCKS,
-    &UPSTREAM_TLS, &ROUTE, &LIMITS, &CLIENT, &TELEMETRY,
+    &TOP,
+    &LISTENER,
+    &LISTENER_TLS,
+    &ADMIN,
+    &POOL,
+    &BACKEND,
+    &BALANCE,
+    &HEALTH,
+    &PROBE,
+    &RETRY,
+    &CLOCKS,
+    &UPSTREAM_TLS,
+    &ROUTE,
+    &LIMITS,
+    &CLIENT,
+    &TELEMETRY,
 ];
 
 /// What other proxies call it → what it is called here.
@@ -131,7 +187,11 @@ pub(super) fn advice(section: &Section, key: &str) -> String {
     let elsewhere: Vec<String> = SECTIONS
         .iter()
         .filter(|other| other.keys.contains(&key))
-        .map(|other| if other.path.is_empty() { "the top level".to_owned() } else { format!("[{}]", other.path) })
+        .map(
+            |other| {
+                if other.path.is_empty() { "the top level".to_owned() } else { format!("[{}]", other.path) }
+            },
+        )
         .collect();
     if !elsewhere.is_empty() {
         return format!("it belongs to {}", elsewhere.join(" or "));

@@ -14,18 +14,15 @@ const COMMAND_LINE: &str = "command line";
 /// Reads and validates the file at `path`, with the environment of this process.
 pub fn load(path: &Path) -> Result<Config, ConfigErrors> {
     let origin = path.display().to_string();
-    let text = std::fs::read_to_string(path)
-        .map_err(|error| whole_file(&origin, &format!("cannot be read: {error}"), "name a TOML file in UTF-8"))?;
+    let text = std::fs::read_to_string(path).map_err(|error| {
+        whole_file(&origin, &format!("cannot be read: {error}"), "name a TOML file in UTF-8")
+    })?;
     parse(&text, &origin, &|name| std::env::var(name).ok())
 }
 
 /// Validates `text`; errors name it `origin`. `${NAME}` is looked up in `env`, and `file:/path` is
 /// read where a secret may stand.
-pub fn parse(
-    text: &str,
-    origin: &str,
-    env: &dyn Fn(&str) -> Option<String>,
-) -> Result<Config, ConfigErrors> {
+pub fn parse(text: &str, origin: &str, env: &dyn Fn(&str) -> Option<String>) -> Result<Config, ConfigErrors> {
     let document = Document::new(origin, text, env);
     let Some(entries) = document.parse() else {
         return Err(document.into_errors().unwrap_or_else(|| whole_file(origin, "is not valid TOML", "")));
@@ -58,7 +55,8 @@ pub fn from_flags(
     text.push_str(&format!("[[pool]]\nbackends = [{}]\n", urls.join(", ")));
     // `quoted` keeps `${…}` literal: the shell has had its turn already.
     parse(&text, COMMAND_LINE, &|_| None).map_err(|errors| {
-        let as_flags = errors.iter().map(|error| ConfigError { line: None, key: flag(&error.key), ..error.clone() });
+        let as_flags =
+            errors.iter().map(|error| ConfigError { line: None, key: flag(&error.key), ..error.clone() });
         ConfigErrors::new(as_flags.collect()).unwrap_or_else(|| errors.clone())
     })
 }

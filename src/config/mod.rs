@@ -14,6 +14,8 @@ mod files;
 mod keys;
 mod load;
 mod memory;
+#[cfg(test)]
+mod tests;
 mod units;
 mod validate;
 

@@ -18,10 +18,10 @@ use super::defaults;
 use super::file::{Item, Table, Text};
 use super::keys;
 use super::{
-    AccessLogTarget, Admin, Backend, BackendClocks, ClientClocks, Config, Limits, Listener, ListenerTls, LogFormat,
-    Pool, Probe, ProbeKind, Secret, Telemetry, UpstreamHttp, UpstreamTls,
+    AccessLogTarget, Admin, Backend, BackendClocks, ClientClocks, Config, Limits, Listener, ListenerTls,
+    LogFormat, Pool, Probe, ProbeKind, Secret, Telemetry, UpstreamHttp, UpstreamTls,
 };
-use crate::policy::balance::BalancePolicy;
+use crate::policy::balance::{AffinityKey, BalancePolicy};
 use crate::policy::health::HealthPolicy;
 use crate::policy::retry::{Replay, RetryPolicy};
 use crate::policy::route::Route;
@@ -34,7 +34,8 @@ const RUNNING: std::ops::RangeInclusive<Duration> = DURATION_MIN..=DURATION_MAX;
 /// A wait that may be left out by `"0s"`.
 const MAY_BE_ZERO: std::ops::RangeInclusive<Duration> = Duration::ZERO..=DURATION_MAX;
 /// Probes slower than this find nothing in time; faster ones are an attack.
-const PROBE_INTERVAL: std::ops::RangeInclusive<Duration> = Duration::from_millis(50)..=Duration::from_secs(3600);
+const PROBE_INTERVAL: std::ops::RangeInclusive<Duration> =
+    Duration::from_millis(50)..=Duration::from_secs(3600);
 
 /// More threads than any machine has cores is a typing mistake.
 const WORKERS_MAX: u64 = 1024;
@@ -67,12 +68,8 @@ const NOT_SETTABLE: &[&str] = &[
     "upgrade",
 ];
 
-const REPLAY: &[(&str, Replay)] = &[
-    ("auto", Replay::Auto),
-    ("always", Replay::Always),
-    ("safe", Replay::Safe),
-    ("never", Replay::Never),
-];
+const REPLAY: &[(&str, Replay)] =
+    &[("auto", Replay::Auto), ("always", Replay::Always), ("safe", Replay::Safe), ("never", Replay::Never)];
 
 /// The whole file. What it returns is only a configuration when `document` has no errors.
 pub(super) fn config(root: &Table<'_>) -> Config {
@@ -186,7 +183,11 @@ fn admin(root: &Table<'_>, listeners: &[Listener]) -> Admin {
     if let Some(taken) = listeners.iter().position(|listener| overlap(listener.address, address)) {
         match item {
             Some(item) => item.error(format!("is taken by listener[{taken}]"), "write another port"),
-            None => table.missing("address", format!("its default {address} is taken by listener[{taken}]")),
+            None => table.error_at(
+                "address",
+                format!("its default {address} is taken by listener[{taken}]"),
+                "write another port under [admin]",
+            ),
         }
     }
     let token = table.item("token").map(Item::secret).and_then(|item| {
@@ -226,14 +227,15 @@ fn pools(root: &Table<'_>, listeners: &[Listener]) -> Vec<Pool> {
 }
 
 fn pool(table: &Table<'_>, name: String, listeners: &[Listener]) -> Pool {
+    let probe = probe(&table.table("probe", &keys::PROBE));
     Pool {
         name,
         backends: backends(table, listeners),
         models: models(table.item("models"), false),
         aliases: aliases(table),
         balance: balance(&table.table("balance", &keys::BALANCE)),
-        health: health(&table.table("health", &keys::HEALTH)),
-        probe: probe(&table.table("probe", &keys::PROBE)),
+        health: health(&table.table("health", &keys::HEALTH), probe.kind != ProbeKind::Off),
+        probe,
         retry: retry(&table.table("retry", &keys::RETRY)),
         clocks: backend_clocks(&table.table("clocks", &keys::CLOCKS)),
         tls: upstream_tls(&table.table("tls", &keys::UPSTREAM_TLS)),
@@ -271,9 +273,15 @@ fn backends(pool: &Table<'_>, listeners: &[Listener]) -> Vec<Backend> {
         let Some(backend) = backend(item, listeners) else { continue };
         let address = (backend.secure, backend.authority.to_string(), backend.path_prefix.clone());
         if let Some(first) = addresses.get(&address) {
-            item.error(format!("has the same URL as {first}"), "list each backend once; weight gives it more traffic");
+            item.error(
+                format!("has the same URL as {first}"),
+                "list each backend once; weight gives it more traffic",
+            );
         } else if let Some(first) = names.get(&backend.name) {
-            item.error_without_value(format!("has the name of {first}, {:?}", backend.name), "give it another name");
+            item.error_without_value(
+                format!("has the name of {first}, {:?}", backend.name),
+                "give it another name",
+            );
         }
         addresses.entry(address).or_insert_with(|| item.path().to_owned());
         names.entry(backend.name.clone()).or_insert_with(|| item.path().to_owned());
@@ -343,7 +351,10 @@ fn url(item: &Item<'_>, listeners: &[Listener]) -> Option<BackendUrl> {
         return problem("has no scheme", EXAMPLE);
     }
     if text.contains(['?', '#']) {
-        return problem("has a query or a fragment", "end the URL after its path; credentials go into headers");
+        return problem(
+            "has a query or a fragment",
+            "end the URL after its path; credentials go into headers",
+        );
     }
     let Ok(uri) = text.parse::<Uri>() else { return problem("is not a URL", EXAMPLE) };
     let secure = match uri.scheme() {
@@ -353,12 +364,21 @@ fn url(item: &Item<'_>, listeners: &[Listener]) -> Option<BackendUrl> {
     };
     let given = uri.authority()?;
     if given.as_str().contains('@') {
-        return problem("has credentials in its URL", "set them in headers, such as authorization = \"${BACKEND_AUTH}\"");
+        return problem(
+            "has credentials in its URL",
+            "set them in headers, such as authorization = \"${BACKEND_AUTH}\"",
+        );
     }
     let host = given.host().to_ascii_lowercase();
     let after_host = &given.as_str()[given.host().len()..];
     let port = match (after_host, given.port_u16()) {
-        ("", _) => if secure { 443 } else { 80 },
+        ("", _) => {
+            if secure {
+                443
+            } else {
+                80
+            }
+        }
         (_, Some(port)) if port > 0 => port,
         _ => return problem("has no valid port", "write a port from 1 to 65535"),
     };
@@ -426,7 +446,11 @@ fn models(item: Option<Item<'_>>, patterns: bool) -> Vec<String> {
         let Some(model) = item.string() else { continue };
         let stars = model.matches('*').count();
         if stars > 0 && !(patterns && stars == 1 && model.ends_with('*')) {
-            let right = if patterns { "* may stand at the end only" } else { "write the whole name; patterns are for [[route]]" };
+            let right = if patterns {
+                "* may stand at the end only"
+            } else {
+                "write the whole name; patterns are for [[route]]"
+            };
             item.error("has * where it means nothing", right);
         } else if models.contains(&model) {
             item.error("is listed twice", "list each model once");
@@ -443,7 +467,8 @@ fn aliases(table: &Table<'_>) -> Vec<(String, String)> {
         .iter()
         .filter_map(|(alias, item)| item.string().map(|target| ((*alias).to_owned(), target)))
         .collect();
-    let target_of = |name: &str| aliases.iter().find(|(alias, _)| alias == name).map(|(_, target)| target.as_str());
+    let target_of =
+        |name: &str| aliases.iter().find(|(alias, _)| alias == name).map(|(_, target)| target.as_str());
     for (alias, item) in &entries {
         if alias.is_empty() {
             item.error_without_value("has no name", "write the client's model name before the =");
@@ -461,14 +486,90 @@ fn aliases(table: &Table<'_>) -> Vec<(String, String)> {
     aliases
 }
 
-fn balance(table: &Table<'_>) -> BalancePolicy {
-    table.refuse_unknown_keys();
-    BalancePolicy::default()
+/// As written; what a strategy needs besides is in keys of its own.
+#[derive(Clone, Copy, PartialEq)]
+enum Strategy {
+    PowerOfTwo,
+    RoundRobin,
+    LeastLoad,
+    Weighted,
+    ConsistentHash,
 }
 
-fn health(table: &Table<'_>) -> HealthPolicy {
+fn balance(table: &Table<'_>) -> BalancePolicy {
+    const STRATEGIES: &[(&str, Strategy)] = &[
+        ("p2c", Strategy::PowerOfTwo),
+        ("round_robin", Strategy::RoundRobin),
+        ("least_load", Strategy::LeastLoad),
+        ("weighted", Strategy::Weighted),
+        ("consistent_hash", Strategy::ConsistentHash),
+    ];
+    let strategy = table.choice("strategy", Strategy::PowerOfTwo, STRATEGIES);
+    let (header, prompt) = (table.item("header"), table.item("prompt_bytes"));
+    if strategy != Strategy::ConsistentHash {
+        for item in [&header, &prompt, &table.item("bound")].into_iter().flatten() {
+            item.error("is for strategy = \"consistent_hash\"", "leave it out or write that strategy");
+        }
+    }
+    if let (Some(header), Some(_)) = (&header, &prompt) {
+        header.error(
+            "stands beside prompt_bytes",
+            "write one of them: requests are alike by a header or by their prompt",
+        );
+    }
+    let header = header.and_then(|item| item.string().and_then(|name| header_name(&name, &item)));
+    let prompt_bytes = prompt.and_then(|item| item.size(1..=MIB));
+    let bound = table.number("bound", defaults::HASH_BOUND, 1.0..=100.0);
     table.refuse_unknown_keys();
-    HealthPolicy::default()
+    match strategy {
+        Strategy::PowerOfTwo => BalancePolicy::PowerOfTwo,
+        Strategy::RoundRobin => BalancePolicy::RoundRobin,
+        Strategy::LeastLoad => BalancePolicy::LeastLoad,
+        Strategy::Weighted => BalancePolicy::Weighted,
+        Strategy::ConsistentHash => {
+            let key = header.map_or_else(
+                || AffinityKey::PromptPrefix {
+                    bytes: prompt_bytes
+                        .and_then(|n| usize::try_from(n).ok())
+                        .unwrap_or(defaults::PROMPT_BYTES),
+                },
+                AffinityKey::Header,
+            );
+            BalancePolicy::ConsistentHash { key, bound }
+        }
+    }
+}
+
+/// Ranges are no wider than [`HealthPolicy::validate`] allows; whether there are probes follows from `[pool.probe]`.
+fn health(table: &Table<'_>, probes: bool) -> HealthPolicy {
+    let default = HealthPolicy::default();
+    let running = |key, default| table.duration(key, default, RUNNING);
+    let share = |key, default| table.number(key, default, 0.0..=1.0);
+    let health = HealthPolicy {
+        probes,
+        fall: table.integer("fall", default.fall, 1..=100),
+        rise: table.integer("rise", default.rise, 1..=100),
+        eject_consecutive: table.integer("eject_consecutive", default.eject_consecutive, 1..=1000),
+        success_rate_min: share("success_rate_min", default.success_rate_min),
+        outcomes_min: table.integer("outcomes_min", default.outcomes_min, 1..=64),
+        peer_margin: share("peer_margin", default.peer_margin),
+        window: running("window", default.window),
+        ejection_min: running("ejection_min", default.ejection_min),
+        ejection_max: running("ejection_max", default.ejection_max),
+        ejection_decay: running("ejection_decay", default.ejection_decay),
+        ejection_jitter: share("ejection_jitter", default.ejection_jitter),
+        misconfigured_ejection: running("misconfigured_ejection", default.misconfigured_ejection),
+        slow_start: table.duration("slow_start", default.slow_start, MAY_BE_ZERO),
+        slow_start_share_min: table.number("slow_start_share_min", default.slow_start_share_min, 0.001..=1.0),
+        busy_min: running("busy_min", default.busy_min),
+        busy_max: running("busy_max", default.busy_max),
+        retry_after_max: running("retry_after_max", default.retry_after_max),
+    };
+    not_longer(table, "ejection_min", health.ejection_min, "ejection_max", health.ejection_max);
+    not_longer(table, "busy_min", health.busy_min, "busy_max", health.busy_max);
+    not_longer(table, "busy_max", health.busy_max, "retry_after_max", health.retry_after_max);
+    table.refuse_unknown_keys();
+    health
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -480,7 +581,8 @@ enum Kind {
 
 fn probe(table: &Table<'_>) -> Probe {
     let default = Probe::default();
-    let kind = table.choice("kind", Kind::Http, &[("http", Kind::Http), ("tcp", Kind::Tcp), ("off", Kind::Off)]);
+    let kind =
+        table.choice("kind", Kind::Http, &[("http", Kind::Http), ("tcp", Kind::Tcp), ("off", Kind::Off)]);
     let path = table.item("path");
     let statuses = table.item("statuses");
     let body = table.item("body");
@@ -572,9 +674,15 @@ fn not_longer(table: &Table<'_>, less: &'static str, short: Duration, more: &'st
     }
     let limit = super::units::format_duration;
     if let Some(item) = table.item(less) {
-        item.error(format!("is longer than {more}, \"{}\"", limit(long)), format!("lower it, or raise {more}"));
+        item.error(
+            format!("is longer than {more}, \"{}\"", limit(long)),
+            format!("lower it, or raise {more}"),
+        );
     } else if let Some(item) = table.item(more) {
-        item.error(format!("is shorter than {less}, \"{}\"", limit(short)), format!("raise it, or lower {less}"));
+        item.error(
+            format!("is shorter than {less}, \"{}\"", limit(short)),
+            format!("raise it, or lower {less}"),
+        );
     }
 }
 
@@ -606,7 +714,10 @@ fn routes(root: &Table<'_>, pools: &[Pool]) -> Vec<Route> {
                     && other.models == route.models)
         });
         if let Some(earlier) = earlier {
-            table.error(format!("is never reached: route[{earlier}] takes all it would"), "move it up, or narrow that one");
+            table.error(
+                format!("is never reached: route[{earlier}] takes all it would"),
+                "move it up, or narrow that one",
+            );
         }
         routes.push(route);
         table.refuse_unknown_keys();
@@ -645,7 +756,9 @@ fn route(table: &Table<'_>, pools: &[&str]) -> Route {
 
 fn path_prefix(item: &Item<'_>) -> Option<String> {
     let text = item.string()?;
-    let is_path = text.starts_with('/') && !text.contains(['?', '#', '*']) && text.bytes().all(|b| b.is_ascii_graphic());
+    let is_path = text.starts_with('/')
+        && !text.contains(['?', '#', '*'])
+        && text.bytes().all(|b| b.is_ascii_graphic());
     if !is_path {
         item.error("is not the beginning of a path", "write one such as \"/v1/embeddings\"");
     }
