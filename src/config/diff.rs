@@ -328,3 +328,115 @@ fn backend_keys(old: &Backend, new: &Backend) -> Vec<&'static str> {
 fn named<const N: usize>(keys: [(&'static str, bool); N]) -> Vec<&'static str> {
     keys.into_iter().filter(|(_, differs)| *differs).map(|(key, _)| key).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::parse;
+
+    const BASE: &str = r#"
+workers = 2
+[[listener]]
+address = "0.0.0.0:80"
+[[listener]]
+address = "0.0.0.0:81"
+[[pool]]
+name = "a"
+backends = ["http://a:1", { url = "http://a:2", weight = 2, headers = { x-tenant = "t" } }, "http://a:3"]
+[[pool]]
+name = "b"
+backends = ["http://b:1"]
+[[route]]
+pool = "b"
+path_prefix = "/b"
+"#;
+
+    fn read(text: &str) -> Config {
+        parse(text, "test", &|_| None).unwrap_or_else(|errors| panic!("{errors}"))
+    }
+
+    /// The lines that replacing `from` by `to` in the base makes.
+    fn changes(from: &str, to: &str) -> Vec<String> {
+        assert!(BASE.contains(from), "{from}");
+        diff(&read(BASE), &read(&BASE.replacen(from, to, 1))).iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn the_same_configuration_has_no_changes() {
+        assert_eq!(diff(&read(BASE), &read(BASE)), []);
+    }
+
+    #[test]
+    fn order_of_backends_and_listeners_is_no_change() {
+        let mut turned = read(BASE);
+        turned.pools[0].backends.reverse();
+        turned.listeners.reverse();
+        assert_eq!(diff(&read(BASE), &turned), []);
+    }
+
+    #[test]
+    fn order_of_pools_is_a_change() {
+        let mut turned = read(BASE);
+        turned.pools.reverse();
+        assert_eq!(diff(&read(BASE), &turned), [Change::PoolOrder]);
+    }
+
+    #[test]
+    fn each_change_is_one_line() {
+        for (from, to, expected) in [
+            ("workers = 2", "workers = 3", &["workers 2 -> 3 (needs a restart)"][..]),
+            ("workers = 2", "workers = 2\ndrain_deadline = \"1m\"", &["drain_deadline 30s -> 1m"]),
+            ("0.0.0.0:81", "0.0.0.0:82", &["listener 0.0.0.0:81 removed", "listener 0.0.0.0:82 added"]),
+            (
+                "0.0.0.0:81\"",
+                "0.0.0.0:81\"\ntrusted_proxies = [\"10.0.0.1\"]",
+                &["listener 0.0.0.0:81 changed: trusted_proxies"],
+            ),
+            (
+                "[[route]]",
+                "[admin]\naddress = \"127.0.0.1:9\"\ntoken = \"t\"\n[[route]]",
+                &["admin address 127.0.0.1:9901 -> 127.0.0.1:9", "admin token changed"],
+            ),
+            ("\"http://a:3\"", "\"http://a:4\"", &["backend a/a:3 removed", "backend a/a:4 added"]),
+            (
+                "weight = 2, headers = { x-tenant = \"t\" }",
+                "tier = 1",
+                &["backend a/a:2 changed: weight, tier, headers"],
+            ),
+            (
+                "name = \"b\"",
+                "name = \"b\"\nhttp = \"1\"\nmodels = [\"m\"]",
+                &["pool b changed: models, http"],
+            ),
+            ("path_prefix = \"/b\"", "path_prefix = \"/c\"", &["routes changed (1 -> 1)"]),
+            (
+                "[[route]]",
+                "[limits]\nheaders_max = 9\n[client]\nhead = \"1s\"\n[telemetry]\nlog_level = \"warn\"\n[[route]]",
+                &["limits changed", "client clocks changed", "telemetry changed"],
+            ),
+            (
+                "[[route]]",
+                "[[pool]]\nname = \"c\"\nbackends = [\"http://c:1\"]\n[[route]]",
+                &["pool c added with 1 backend"],
+            ),
+        ] {
+            assert_eq!(changes(from, to), expected, "{from} -> {to}");
+        }
+    }
+
+    #[test]
+    fn a_backend_that_keeps_its_name_but_not_its_url_is_another_one() {
+        let named = |url: &str| read(&format!("[[pool]]\nbackends = [{{ name = \"x\", url = \"{url}\" }}]"));
+        let lines: Vec<String> =
+            diff(&named("http://a:1"), &named("https://a:1")).iter().map(ToString::to_string).collect();
+        assert_eq!(lines, ["backend default/x removed", "backend default/x added"]);
+    }
+
+    #[test]
+    fn only_workers_need_a_restart() {
+        let changes =
+            diff(&read(BASE), &read(&BASE.replace("workers = 2", "workers = 3").replace(":81", ":82")));
+        let effects: Vec<Effect> = changes.iter().map(Change::effect).collect();
+        assert_eq!(effects, [Effect::Restart, Effect::Rebind, Effect::Rebind]);
+    }
+}

@@ -8,6 +8,7 @@ use std::fmt::{Display, Write as _};
 use std::time::Duration;
 
 use super::units::{format_duration, format_size};
+use super::validate::has_secret_name;
 use super::{
     AccessLogTarget, Admin, Backend, BackendClocks, ClientClocks, Config, Limits, Listener, ListenerTls,
     LogFormat, Pool, Probe, ProbeKind, Telemetry, UpstreamHttp, UpstreamTls,
@@ -409,7 +410,13 @@ fn route(out: &mut Writer, route: &Route) {
     if let Some(host) = host {
         out.string("host", host);
     }
-    out.inline("headers", headers.iter().map(|(name, value)| (name.as_str().to_owned(), quoted(value))));
+    out.inline(
+        "headers",
+        headers.iter().map(|(name, value)| {
+            let shown = if has_secret_name(name) { MASK.to_owned() } else { quoted(value) };
+            (name.as_str().to_owned(), shown)
+        }),
+    );
     out.strings("models", models);
     if let Some(replay) = replay {
         out.string("replay", replay_name(*replay));

@@ -341,6 +341,9 @@ fn secrets_are_neither_in_errors_nor_in_debug_nor_in_the_effective_text() {
     assert!(!effective.contains("hunter2"));
     assert!(effective.contains("token = \"***\""));
     assert!(effective.contains("\"x-tenant\" = \"blue\""));
+    let route = read(&format!("{ONE_BACKEND}[[route]]\nheaders = {{ authorization = \"Bearer hunter2\" }}"));
+    assert_eq!(route.routes[0].headers[0].1, "Bearer hunter2");
+    assert!(!route.effective_toml().contains("hunter2"));
     for text in [
         "[admin]\ntoken = \"hunter2 \\u0001\"",
         "[admin]\ntokens = \"hunter2\"",

@@ -424,10 +424,15 @@ fn set_headers(table: &Table<'_>) -> Vec<(HeaderName, HeaderValue)> {
             item.error("is not a header value", "use one line of visible characters");
             continue;
         };
-        value.set_sensitive(is_secret || SECRET_NAMES.iter().any(|part| name.as_str().contains(part)));
+        value.set_sensitive(is_secret || has_secret_name(&name));
         headers.push((name, value));
     }
     headers
+}
+
+/// Whether the values of this header are secrets even when written literally.
+pub(super) fn has_secret_name(name: &HeaderName) -> bool {
+    SECRET_NAMES.iter().any(|part| name.as_str().contains(part))
 }
 
 fn header_name(name: &str, item: &Item<'_>) -> Option<HeaderName> {
@@ -785,13 +790,13 @@ fn header_conditions(table: &Table<'_>) -> Vec<(HeaderName, String)> {
     let entries = table.entries("headers", true);
     let mut conditions: Vec<(HeaderName, String)> = Vec::with_capacity(entries.len());
     for (name, item) in entries {
-        let value = item.string();
+        let value = item.secret_text();
         let Some(name) = header_name(name, &item) else { continue };
         if conditions.iter().any(|(other, _)| *other == name) {
             item.error_without_value("is asked for twice", "header names do not differ by case");
             continue;
         }
-        let Some(value) = value else { continue };
+        let Some(Text { value, .. }) = value else { continue };
         conditions.push((name, value));
     }
     conditions

@@ -277,3 +277,231 @@ fn without_port(host: &str) -> &str {
         _ => host,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use http::HeaderValue;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn pool(name: &str, models: &[&str], aliases: &[(&str, &str)]) -> PoolModels {
+        PoolModels {
+            name: name.to_owned(),
+            models: models.iter().map(|&model| model.to_owned()).collect(),
+            aliases: aliases.iter().map(|&(from, to)| (from.to_owned(), to.to_owned())).collect(),
+        }
+    }
+
+    fn to(pool: &str) -> Route {
+        Route { pool: pool.to_owned(), ..Route::default() }
+    }
+
+    fn nothing_listed(_: usize, _: &str) -> bool {
+        false
+    }
+
+    fn head<'a>(path: &'a str, host: Option<&'a str>, headers: &'a HeaderMap) -> Head<'a> {
+        Head { path, host, headers }
+    }
+
+    #[test]
+    fn one_pool_without_any_route_takes_everything_unread() {
+        let table = Table::new(&[], &[pool("only", &[], &[])]);
+        let headers = HeaderMap::new();
+        let head = head("/v1/chat/completions", None, &headers);
+        assert!(!table.needs_model(&head));
+        for model in [None, Some("anything")] {
+            assert_eq!(
+                table.route(&head, model, &nothing_listed),
+                Ok(Routed { pool: 0, rule: None, rename: None })
+            );
+        }
+    }
+
+    #[test]
+    fn one_pool_that_names_its_models_refuses_others_with_a_list() {
+        let table = Table::new(&[], &[pool("only", &["b", "a"], &[("x", "a")])]);
+        let headers = HeaderMap::new();
+        let head = head("/v1/chat/completions", None, &headers);
+        assert!(table.needs_model(&head));
+        let known = ["a", "b", "x"].map(str::to_owned);
+        assert_eq!(
+            table.route(&head, Some("c"), &nothing_listed),
+            Err(NoRoute::UnknownModel { models: known.as_slice() })
+        );
+        assert_eq!(table.route(&head, Some("x"), &nothing_listed).map(|routed| routed.rename), Ok(Some("a")));
+        assert_eq!(table.route(&head, Some("c"), &|_, model| model == "c").map(|routed| routed.pool), Ok(0));
+        assert!(table.route(&head, None, &nothing_listed).is_ok());
+    }
+
+    #[test]
+    fn names_decide_between_pools_configured_ones_before_listed_ones() {
+        let pools = [pool("a", &[], &[]), pool("b", &["m"], &[("alias", "m")]), pool("c", &["m", "n"], &[])];
+        let table = Table::new(&[], &pools);
+        let headers = HeaderMap::new();
+        let head = head("/", None, &headers);
+        let pool_of = |model, listed: &dyn Fn(usize, &str) -> bool| {
+            table.route(&head, model, listed).map(|routed| (routed.pool, routed.rename))
+        };
+        assert!(table.needs_model(&head));
+        assert_eq!(pool_of(Some("m"), &|pool, _| pool == 0), Ok((1, None)));
+        assert_eq!(pool_of(Some("alias"), &nothing_listed), Ok((1, Some("m"))));
+        assert_eq!(pool_of(Some("n"), &nothing_listed), Ok((2, None)));
+        assert_eq!(pool_of(Some("z"), &|pool, _| pool >= 1), Ok((1, None)));
+        assert_eq!(pool_of(None, &nothing_listed), Ok((0, None)));
+        assert!(matches!(pool_of(Some("z"), &nothing_listed), Err(NoRoute::UnknownModel { .. })));
+    }
+
+    #[test]
+    fn without_pools_there_is_no_route() {
+        let table = Table::new(&[to("gone")], &[]);
+        let headers = HeaderMap::new();
+        let head = head("/", None, &headers);
+        assert!(!table.needs_model(&head));
+        assert_eq!(table.route(&head, Some("m"), &nothing_listed), Err(NoRoute::NoPool));
+    }
+
+    #[test]
+    fn all_conditions_of_a_route_must_hold() {
+        let mut headers = HeaderMap::new();
+        headers.append("x-tier", HeaderValue::from_static("gold"));
+        headers.append("x-tier", HeaderValue::from_static("batch"));
+        let name = HeaderName::from_static("x-tier");
+        let with = |change: &dyn Fn(&mut Route)| {
+            let mut route = to("b");
+            change(&mut route);
+            route
+        };
+        let path = |prefix: &str| with(&|route| route.path_prefix = Some(prefix.to_owned()));
+        let host = |host: &str| with(&|route| route.host = Some(host.to_owned()));
+        let header = |value: &str| with(&|route| route.headers = vec![(name.clone(), value.to_owned())]);
+        let model = |model: &str| with(&|route| route.models = vec!["other".to_owned(), model.to_owned()]);
+        let both = with(&|route| {
+            route.path_prefix = Some("/v1".to_owned());
+            route.host = Some("other".to_owned());
+        });
+        for (route, holds) in [
+            (to("b"), true),
+            (path("/v1"), true),
+            (path("/v1/"), true),
+            (path("/v1/chat"), true),
+            (path("/v1/cha"), false),
+            (path("/v1/chat/x"), false),
+            (path("/"), true),
+            (host("api.example.com"), true),
+            (host("*.example.com"), true),
+            (host("*.com"), true),
+            (host("*.api.example.com"), false),
+            (host("example.com"), false),
+            (header("gold"), true),
+            (header("batch"), true),
+            (header("Gold"), false),
+            (model("bge-m3"), true),
+            (model("bge-*"), true),
+            (model("*"), true),
+            (model("bge-"), false),
+            (both, false),
+        ] {
+            let table = Table::new(&[route.clone()], &[pool("a", &[], &[]), pool("b", &[], &[])]);
+            let head = head("/v1/chat", Some("API.Example.com.:8443"), &headers);
+            let routed = table.route(&head, Some("bge-m3"), &|pool, _| pool == 0).unwrap();
+            let expected = if holds { (1, Some(0)) } else { (0, None) };
+            assert_eq!((routed.pool, routed.rule), expected, "{route:?}");
+        }
+    }
+
+    #[test]
+    fn a_route_that_the_head_decides_spares_reading_the_body() {
+        let pools = [pool("plain", &[], &[]), pool("aliased", &[], &[("x", "y")])];
+        let rule = |pool: &str, prefix: &str, models: &[&str]| Route {
+            path_prefix: Some(prefix.to_owned()),
+            models: models.iter().map(|&model| model.to_owned()).collect(),
+            ..to(pool)
+        };
+        let routes = [
+            rule("plain", "/a", &[]),
+            rule("aliased", "/b", &[]),
+            rule("plain", "/c", &["m"]),
+            rule("plain", "/c", &[]),
+        ];
+        let table = Table::new(&routes, &pools);
+        let headers = HeaderMap::new();
+        for (path, needed) in [("/a", false), ("/b", true), ("/c", true), ("/d", true)] {
+            assert_eq!(table.needs_model(&head(path, None, &headers)), needed, "{path}");
+        }
+        let routed = table.route(&head("/b", None, &headers), Some("x"), &nothing_listed);
+        assert_eq!(routed, Ok(Routed { pool: 1, rule: Some(1), rename: Some("y") }));
+    }
+
+    #[test]
+    fn an_ip_literal_keeps_its_brackets() {
+        assert_eq!(without_port("[::1]:80"), "[::1]");
+        assert_eq!(without_port("[::1]"), "[::1]");
+        assert_eq!(without_port("a:80"), "a");
+        assert_eq!(without_port("a"), "a");
+    }
+
+    fn names() -> impl Strategy<Value = Vec<String>> {
+        proptest::collection::vec("[a-c]{1,2}", 0..3)
+    }
+
+    fn tables() -> impl Strategy<Value = (Vec<Route>, Vec<PoolModels>)> {
+        let pools = proptest::collection::vec(
+            (names(), proptest::collection::vec(("[a-c]{1,2}", "[x-z]"), 0..3)),
+            1..4,
+        );
+        let routes = proptest::collection::vec(
+            (
+                0..4_usize,
+                proptest::option::of("/[ab]"),
+                proptest::option::of("[ab]|\\*\\.[ab]"),
+                names(),
+                any::<bool>(),
+            ),
+            0..4,
+        );
+        (routes, pools).prop_map(|(routes, pools)| {
+            let pools: Vec<PoolModels> = pools
+                .into_iter()
+                .enumerate()
+                .map(|(index, (models, aliases))| PoolModels { name: index.to_string(), models, aliases })
+                .collect();
+            let routes = routes
+                .into_iter()
+                .map(|(pool, path_prefix, host, mut models, star)| {
+                    if let Some(model) = models.first_mut().filter(|_| star) {
+                        model.push('*');
+                    }
+                    Route { path_prefix, host, models, ..to(&pool.to_string()) }
+                })
+                .collect();
+            (routes, pools)
+        })
+    }
+
+    proptest! {
+        /// Reading the body is spared only where it could not have changed anything.
+        #[test]
+        fn where_the_model_is_not_needed_it_changes_nothing(
+            (routes, pools) in tables(), path in "/[ab](/x)?", host in "[ab](\\.[ab])?", model in "[a-c]{1,2}", listed: bool
+        ) {
+            let table = Table::new(&routes, &pools);
+            let headers = HeaderMap::new();
+            let head = head(&path, Some(&host), &headers);
+            let with = table.route(&head, Some(&model), &|_, _| listed);
+            if !table.needs_model(&head) {
+                prop_assert_eq!(with, table.route(&head, None, &|_, _| listed));
+            }
+            if let Ok(routed) = with {
+                prop_assert!(routed.pool < pools.len());
+                let aliases = &pools[routed.pool].aliases;
+                let renamed = aliases.iter().any(|(alias, _)| *alias == model);
+                prop_assert_eq!(routed.rename.is_some(), renamed);
+                if let Some(rule) = routed.rule {
+                    prop_assert_eq!(&routes[rule].pool, &pools[routed.pool].name);
+                }
+            }
+        }
+    }
+}
