@@ -1,16 +1,18 @@
 //! The same key to the same backend, unless that one is overloaded.
 //!
-//! Order of preference: highest random weight (Thaler & Ravishankar, "Using name-based mappings to increase hit rates", 1998),
-//! with weights by the logarithm method (Schindelhauer & Schomaker, "Weighted distributed hash tables",
-//! 2005): score = −w / ln u. Who leaves or joins moves only its own keys, there is no ring to build, and reordering the pool moves nothing.
-//! Bounded loads (Mirrokni, Thorup & Zadimoghaddam, "Consistent hashing with bounded loads", 2018): the first in
-//! that order whose load is at most `bound` × mean, the new request counted in; one always is. So a
-//! popular prefix spills to the next backend instead of pinning the pool on the first warm one.
+//! Order of preference: highest random weight (Thaler & Ravishankar, "Using name-based mappings to increase
+//! hit rates", 1998), with weights by the logarithm method (Schindelhauer & Schomaker, "Weighted
+//! distributed hash tables", 2005): score = −w / ln u. Who leaves or joins moves only its own keys, there
+//! is no ring to build, and reordering the pool moves nothing. Bounded loads (Mirrokni, Thorup &
+//! Zadimoghaddam, "Consistent hashing with bounded loads", 2018): the first in that order whose load is at
+//! most `bound` × mean, the new request counted in; one always is. So a popular prefix spills to the next
+//! backend instead of pinning the pool on the first warm one.
 
 use super::{Candidates, Front, least_load};
 
-/// A load up to which a backend is never called overloaded: one ordinary request. The paper's capacity is rounded up to a whole request
-/// for the same reason: on a nearly idle pool the mean is below one, and every busy backend would be above it.
+/// A load up to which a backend is never called overloaded: one ordinary request. The paper's capacity is
+/// rounded up to a whole request for the same reason: on a nearly idle pool the mean is below one, and
+/// every busy backend would be above it.
 const LOAD_IGNORED: f64 = 1.0;
 
 pub(super) fn pick(
@@ -55,8 +57,9 @@ const fn mix(mut x: u64) -> u64 {
     x ^ (x >> 31)
 }
 
-/// Hash for affinity keys and identities: the same on every machine, in every version and after every restart, so that several gateways
-/// agree. Eight bytes a step (4 KiB in well under a microsecond). Not for hostile keys in hash tables.
+/// Hash for affinity keys and identities: the same on every machine, in every version and after every
+/// restart, so that several gateways agree. Eight bytes a step (4 KiB in about a microsecond). Not for
+/// hostile keys in hash tables.
 pub fn stable_hash(bytes: &[u8]) -> u64 {
     let mut hash = mix(bytes.len() as u64);
     let (words, rest) = bytes.as_chunks::<8>();
@@ -70,7 +73,8 @@ pub fn stable_hash(bytes: &[u8]) -> u64 {
     mix(fold(hash ^ u64::from_le_bytes(last)))
 }
 
-/// Both halves of a 128-bit product, one onto the other: mixes as well as several shifts, in one multiplication.
+/// Both halves of a 128-bit product, one onto the other: mixes as well as several shifts, in one
+/// multiplication.
 const fn fold(x: u64) -> u64 {
     let product = (x ^ 0xA076_1D64_78BD_642F) as u128 * 0xE703_7ED1_A0B4_28DB;
     (product as u64) ^ ((product >> 64) as u64)
@@ -91,7 +95,11 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_departure_moves_only_its_own_keys(len in 2u64..20, gone in any::<u64>(), keys in prop::collection::vec(any::<u64>(), 50)) {
+        fn a_departure_moves_only_its_own_keys(
+            len in 2u64..20,
+            gone in any::<u64>(),
+            keys in prop::collection::vec(any::<u64>(), 50),
+        ) {
             let before = Fleet::of(len);
             let mut after = before.clone();
             let gone = after.0.remove((gone % len) as usize).identity;
@@ -102,7 +110,10 @@ mod tests {
         }
 
         #[test]
-        fn an_arrival_takes_keys_only_for_itself(len in 1u64..20, keys in prop::collection::vec(any::<u64>(), 50)) {
+        fn an_arrival_takes_keys_only_for_itself(
+            len in 1u64..20,
+            keys in prop::collection::vec(any::<u64>(), 50),
+        ) {
             let before = Fleet::of(len);
             let mut after = before.clone();
             after.0.push(Backend::named(len));
@@ -122,7 +133,11 @@ mod tests {
         }
 
         #[test]
-        fn nobody_above_the_bound_is_given_more(loads in prop::collection::vec(0.0f64..30.0, 1..20), key in any::<u64>(), bound in 1.0f64..3.0) {
+        fn nobody_above_the_bound_is_given_more(
+            loads in prop::collection::vec(0.0f64..30.0, 1..20),
+            key in any::<u64>(),
+            bound in 1.0f64..3.0,
+        ) {
             let mut fleet = Fleet::of(loads.len() as u64);
             for (backend, &load) in fleet.0.iter_mut().zip(&loads) {
                 backend.load = load;
@@ -177,6 +192,6 @@ mod tests {
             assert!(seen.insert(stable_hash(&other)), "byte {at}");
             assert!(seen.insert(stable_hash(&prompt[..at])), "length {at}");
         }
-        assert_eq!(stable_hash(b"evergate"), stable_hash(b"evergate"));
+        assert_eq!(stable_hash(b"evergate: ten backends"), 0x4AD8_B28C_BACD_7A2D);
     }
 }

@@ -1,16 +1,16 @@
 //! What a backend's recent past is worth to the balancer: how soon its first tokens come, how often it failed.
 //!
-//! Both are two numbers and a moment, updated in a few nanoseconds; both forget by half-lives, so that a backend avoided
-//! for its past is tried again. The mean weighs observations by age *and* number: with time alone a
-//! burst of ten would count as one, with numbers alone a quiet backend would keep its last bad minute for an hour.
-//! Not peak-sensitive (unlike Finagle's peak EWMA): prefill times differ hundredfold by prompt, and one long prompt
-//! must not ban a backend.
+//! Both are two numbers and a moment, updated in a few nanoseconds; both forget by half-lives, so that a
+//! backend avoided for its past is tried again. The mean weighs observations by age *and* number: with time
+//! alone a burst of ten would count as one, with numbers alone a quiet backend would keep its last bad
+//! minute for an hour. Not peak-sensitive (unlike Finagle's peak EWMA): prefill times differ hundredfold by
+//! prompt, and one long prompt must not ban a backend.
 
-use super::super::Moment;
+use crate::policy::Moment;
 use std::time::Duration;
 
-/// First-token seconds are half forgotten after so long. 30 s: a replica with two requests a minute still has a past, and one that was slow
-/// is looked at again within the minute.
+/// First-token seconds are half forgotten after so long. 30 s: a replica with two requests a minute still
+/// has a past, and one that was slow is looked at again within the minute.
 const FIRST_TOKEN_HALF_LIFE: Duration = Duration::from_secs(30);
 
 /// Observations the mean is worth at most: a new one counts for at least a seventeenth.
@@ -19,11 +19,12 @@ const WEIGHT_MAX: f64 = 16.0;
 /// One observation counts as at most so many times the mean.
 const SURPRISE_MAX: f64 = 4.0;
 
-/// A mean below this is treated as this where surprises are bounded, or a mean of zero could never rise. Seconds.
+/// A mean below this is treated as this where surprises are bounded, or a mean of zero could never rise.
+/// Seconds.
 const MEAN_FLOOR: f64 = 0.001;
 
-/// A failure is half forgotten after so long. 10 s, as long as a slow start: by then either more failures have ejected the backend, or it was
-/// one unlucky moment.
+/// A failure is half forgotten after so long. 10 s, as long as a slow start: by then either more failures
+/// have ejected the backend, or it was one unlucky moment.
 const FAILURE_HALF_LIFE: Duration = Duration::from_secs(10);
 
 /// Failures remembered at most: a factor of 64, which any in-flight count of its peers makes up for.
@@ -57,7 +58,8 @@ impl Ewma {
         self.at = self.at.max(now);
     }
 
-    /// The mean, drawn towards `median` (the pool's) by half for each half-life without an observation; `median` itself before the first.
+    /// The mean, drawn towards `median` (the pool's) by half for each half-life without an observation;
+    /// `median` itself before the first.
     pub fn value_towards(&self, now: Moment, median: f64) -> f64 {
         if self.weight == 0.0 {
             return median;
@@ -65,14 +67,15 @@ impl Ewma {
         median + (self.mean - median) * halvings(self.at, now, FIRST_TOKEN_HALF_LIFE)
     }
 
-    /// The mean as it was last observed, undecayed, for the median of the pool; none before the first observation.
+    /// The mean as it was last observed, undecayed, for the median of the pool; none before the first
+    /// observation.
     pub fn value(&self) -> Option<f64> {
         (self.weight > 0.0).then_some(self.mean)
     }
 }
 
-/// How much worse than its load a backend looks for having failed: without it, one that fails at once is always the least
-/// loaded, and draws all traffic.
+/// How much worse than its load a backend looks for having failed: without it, one that fails at once is
+/// always the least loaded, and draws all traffic.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct RecentFailures {
     count: f64,
@@ -87,8 +90,8 @@ impl RecentFailures {
         self.at = self.at.max(now);
     }
 
-    /// What to multiply the load by: 1 without failures, doubled by each, 64 at most. Multiply in-flight **plus one**:
-    /// zero times anything is still the least loaded.
+    /// What to multiply the load by: 1 without failures, doubled by each, 64 at most. Multiply
+    /// in-flight **plus one**: zero times anything is still the least loaded.
     pub fn factor(&self, now: Moment) -> f64 {
         if self.count == 0.0 {
             return 1.0;

@@ -36,7 +36,10 @@ mod tests {
 
     proptest! {
         #[test]
-        fn nobody_clearly_less_loaded_is_passed_over(loads in prop::collection::vec(0.0f64..50.0, 1..20), seed in any::<u64>()) {
+        fn nobody_clearly_less_loaded_is_passed_over(
+            loads in prop::collection::vec(0.0f64..50.0, 1..20),
+            seed in any::<u64>(),
+        ) {
             let mut fleet = Fleet::of(loads.len() as u64);
             for (backend, &load) in fleet.0.iter_mut().zip(&loads) {
                 backend.load = load;

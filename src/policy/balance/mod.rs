@@ -1,10 +1,10 @@
 //! Which backend of a pool gets the next attempt.
 //!
-//! One algorithm a file, each a pure function over [`Candidates`]; [`pick`] chooses among them. What they share: only
-//! the lowest tier that has an admissible backend is used, and near-equal loads are a tie (`tie`). An
-//! admissibility may change while a pick runs (in-flight counters are atomics), so no algorithm relies on two
-//! passes seeing the same thing. Not here: who is admissible and how load is counted (the pool), and what
-//! to do when nobody is (the caller).
+//! One algorithm a file, each a pure function over [`Candidates`]; [`pick`] chooses among them. What they
+//! share: only the lowest tier that has an admissible backend is used, and near-equal loads are a tie
+//! (`tie`). An admissibility may change while a pick runs (in-flight counters are atomics), so no algorithm
+//! relies on two passes seeing the same thing. Not here: who is admissible and how load is counted (the
+//! pool), and what to do when nobody is (the caller).
 
 mod consistent_hash;
 mod ewma;
@@ -24,8 +24,8 @@ use std::sync::atomic::AtomicUsize;
 /// How a pool chooses.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub enum BalancePolicy {
-    /// The less loaded of two at random. The default: as good as looking at all of them within a constant, at a
-    /// cost that does not grow with the pool, and two gateways with the same view do not pick the same victim.
+    /// The less loaded of two at random. The default: as good as looking at all of them within a constant,
+    /// at a cost that does not grow with the pool, and two gateways with one view do not pick the same victim.
     #[default]
     PowerOfTwo,
     /// In turn, by weight, whatever the load. For requests that all cost the same.
@@ -38,14 +38,15 @@ pub enum BalancePolicy {
     ConsistentHash {
         /// What makes two requests alike.
         key: AffinityKey,
-        /// How far above the mean load a backend may be and still get its keys: 1 or more. Default [`BOUND`](Self::BOUND).
-        /// Lower it when one backend's queue grows while others idle, raise it when cache hits are rare.
+        /// How far above the mean load a backend may be and still get its keys: 1 or more. Default
+        /// [`BOUND`](Self::BOUND). Lower it when one backend's queue grows while others idle, raise
+        /// it when cache hits are rare.
         bound: f64,
     },
 }
 
 impl BalancePolicy {
-    /// Default of `bound`: the paper's ε = 0.25, where at most one request in five leaves its first choice.
+    /// Default of `bound`: the most loaded backend is at most a quarter above the mean.
     pub const BOUND: f64 = 1.25;
 
     /// The key a request has to be hashed by, if this policy looks at one.
@@ -95,9 +96,9 @@ pub enum AffinityKey {
 }
 
 impl AffinityKey {
-    /// Default of `bytes`: about a thousand tokens, which reaches past most shared system prompts, and hashing it
-    /// costs under a microsecond. Lower it when users of one system prompt should share a backend, raise it when
-    /// one backend gets nearly everything.
+    /// Default of `bytes`: about a thousand tokens, which reaches past most shared system prompts, and
+    /// hashing it costs about a microsecond. Lower it when users of one system prompt should share a
+    /// backend, raise it when one backend gets nearly everything.
     pub const PROMPT_PREFIX_BYTES: usize = 4096;
 }
 
@@ -115,8 +116,8 @@ pub trait Candidates {
     fn tier(&self, i: usize) -> u8;
     /// Eligible now, not tried yet, under its cap.
     fn admissible(&self, i: usize) -> bool;
-    /// Unfinished work: in-flight weighted by prompt size (an ordinary request counts about 1), already penalised for recent
-    /// failures and divided by weight × share. Lower is better. Finite, 0 or more.
+    /// Unfinished work: in-flight weighted by prompt size (an ordinary request counts about 1), already
+    /// penalised for recent failures and divided by weight × share. Lower is better. Finite, 0 or more.
     fn load(&self, i: usize) -> f64;
     /// Configured weight × slow-start share, above 0.
     fn weight(&self, i: usize) -> f64;
@@ -193,6 +194,8 @@ mod tests {
     use proptest::prelude::{any, prop, prop_assert, prop_assert_eq, proptest};
     use std::sync::atomic::AtomicUsize;
 
+    const ODD: [f64; 6] = [f64::NAN, f64::INFINITY, -1.0, 0.0, 1.0, f64::MAX];
+
     fn policies() -> [BalancePolicy; 5] {
         [
             BalancePolicy::PowerOfTwo,
@@ -216,14 +219,18 @@ mod tests {
     proptest! {
         #[test]
         fn only_admissible_backends_of_the_lowest_tier_are_picked(
-            members in prop::collection::vec((0u8..3, any::<bool>(), 0.0f64..20.0, 0.05f64..4.0, prop::option::of(0.01f64..9.0)), 0..24),
+            members in prop::collection::vec(
+                (0u8..3, any::<bool>(), 0.0f64..20.0, 0.05f64..4.0, prop::option::of(0.01f64..9.0)),
+                0..24,
+            ),
             affinity in prop::option::of(any::<u64>()),
             start in any::<usize>(),
             seed in any::<u64>(),
         ) {
-            let fleet = Fleet(members.iter().enumerate().map(|(n, &(tier, admissible, load, weight, first_token))| Backend {
-                tier, admissible, load, weight, first_token, ..Backend::named(n as u64)
-            }).collect());
+            let backends = members.iter().zip(0..).map(|(&(tier, admissible, load, weight, first_token), n)| {
+                Backend { tier, admissible, load, weight, first_token, ..Backend::named(n) }
+            });
+            let fleet = Fleet(backends.collect());
             let lowest = fleet.0.iter().filter(|b| b.admissible).map(|b| b.tier).min();
             let cursor = AtomicUsize::new(start);
             let mut rng = fastrand::Rng::with_seed(seed);
@@ -241,8 +248,8 @@ mod tests {
 
         #[test]
         fn odd_numbers_from_the_pool_never_panic_nor_hide_a_backend(
-            loads in prop::collection::vec(prop::sample::select(vec![f64::NAN, f64::INFINITY, -1.0, 0.0, 1.0, f64::MAX]), 1..6),
-            weight in prop::sample::select(vec![f64::NAN, f64::INFINITY, -1.0, 0.0, 1.0, f64::MAX]),
+            loads in prop::collection::vec(prop::sample::select(ODD.to_vec()), 1..6),
+            weight in prop::sample::select(ODD.to_vec()),
             key in any::<u64>(),
         ) {
             let fleet = Fleet(loads.iter().enumerate().map(|(n, &load)| Backend {
@@ -250,7 +257,8 @@ mod tests {
             }).collect());
             let mut rng = fastrand::Rng::with_seed(key);
             for policy in policies() {
-                let picked = pick(&policy, &fleet, &Request { affinity: Some(key) }, &AtomicUsize::new(0), &mut rng);
+                let request = Request { affinity: Some(key) };
+                let picked = pick(&policy, &fleet, &request, &AtomicUsize::new(0), &mut rng);
                 prop_assert!(picked.is_some(), "{}", policy.name());
             }
         }

@@ -1,8 +1,9 @@
 //! Power of two choices: the better of two at random.
 //!
-//! Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing" (1996): the longest queue falls from
-//! log n / log log n to log log n, for the price of two looks. The two are drawn with replacement until they are
-//! admissible, distinct and of tier 0; when luck fails, one scan draws two of all that qualify, uniformly.
+//! Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing" (1996): the longest queue falls
+//! from log n / log log n to log log n, for the price of two looks. The two are drawn with replacement
+//! until they are admissible, distinct and of tier 0; when luck fails, one scan draws two of all that
+//! qualify, uniformly.
 
 use super::{Candidates, Front, tie};
 
@@ -25,7 +26,8 @@ pub(super) fn pick(candidates: &impl Candidates, rng: &mut fastrand::Rng) -> Opt
     scan(candidates, rng)
 }
 
-/// Two of all that qualify, each pair as likely (Vitter, "Random Sampling with a Reservoir", 1985, algorithm R).
+/// Two of all that qualify, each pair as likely (Vitter, "Random Sampling with a Reservoir", 1985,
+/// algorithm R).
 fn scan(candidates: &impl Candidates, rng: &mut fastrand::Rng) -> Option<usize> {
     let mut kept = [None, None];
     for (seen, i) in Front::of(candidates).iter().enumerate() {
@@ -86,7 +88,11 @@ mod tests {
 
     proptest! {
         #[test]
-        fn the_clearly_most_loaded_of_a_sound_pool_is_never_picked(len in 2u64..20, worst in any::<u64>(), seed in any::<u64>()) {
+        fn the_clearly_most_loaded_of_a_sound_pool_is_never_picked(
+            len in 2u64..20,
+            worst in any::<u64>(),
+            seed in any::<u64>(),
+        ) {
             let mut fleet = Fleet::of(len);
             let worst = (worst % len) as usize;
             fleet.0[worst].load = 3.0;
@@ -99,7 +105,12 @@ mod tests {
         }
 
         #[test]
-        fn the_only_admissible_one_is_found(len in 1u64..300, only in any::<u64>(), tier in any::<u8>(), seed in any::<u64>()) {
+        fn the_only_admissible_one_is_found(
+            len in 1u64..300,
+            only in any::<u64>(),
+            tier in any::<u8>(),
+            seed in any::<u64>(),
+        ) {
             let mut fleet = Fleet::of(len);
             let only = (only % len) as usize;
             for (i, backend) in fleet.0.iter_mut().enumerate() {

@@ -1,9 +1,10 @@
 //! In turn, by weight, with one shared counter and no other memory.
 //!
-//! Equal weights: the counter modulo the number of those that qualify, so that whoever is out leaves no double share to its
-//! neighbour. Unequal weights (also a slow start): the counter's point in the golden-ratio sequence, looked up in
-//! the cumulative weights. Of all such sequences it spreads most evenly (Weyl 1916; Knuth, TAOCP vol. 3 §6.4):
-//! after n picks each share is off by O(log n / n), where chance would be off by 1/√n.
+//! Equal weights: the counter modulo the number of those that qualify, so that whoever is out leaves no
+//! double share to its neighbour. Unequal weights (also a slow start): the counter's point in the
+//! golden-ratio sequence, looked up in the cumulative weights. Of all such sequences it spreads most evenly
+//! (Weyl 1916; Knuth, TAOCP vol. 3 §6.4): after n picks each share is off by O(log n / n), where chance
+//! would be off by 1/√n.
 
 use super::{Candidates, Front};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -54,7 +55,10 @@ mod tests {
 
     proptest! {
         #[test]
-        fn equal_backends_take_exact_turns(admissible in prop::collection::vec(any::<bool>(), 1..20), start in 0usize..1000) {
+        fn equal_backends_take_exact_turns(
+            admissible in prop::collection::vec(any::<bool>(), 1..20),
+            start in 0usize..1000,
+        ) {
             let mut fleet = Fleet::of(admissible.len() as u64);
             for (backend, &admissible) in fleet.0.iter_mut().zip(&admissible) {
                 backend.admissible = admissible;

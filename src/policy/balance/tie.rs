@@ -1,9 +1,9 @@
 //! Who wins among equals: the lower load; within a tenth of it the earlier first token; within a tenth of that
 //! chance, by weight.
 //!
-//! Loads are estimates, and so are first-token times: without a margin their noise would decide, and every gateway
-//! would send to the same backend. Chance goes by weight because load cannot speak for an idle pool: there
-//! all loads are zero and a slow-starting backend looks as good as any.
+//! Loads are estimates, and so are first-token times: without a margin their noise would decide, and every
+//! gateway would send to the same backend. Chance goes by weight because load cannot speak for an idle
+//! pool: there all loads are zero and a slow-starting backend looks as good as any.
 
 use super::Candidates;
 

@@ -20,7 +20,10 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(32))]
         #[test]
-        fn shares_follow_any_weights(weights in prop::collection::vec(0.1f64..10.0, 1..12), seed in any::<u64>()) {
+        fn shares_follow_any_weights(
+            weights in prop::collection::vec(0.1f64..10.0, 1..12),
+            seed in any::<u64>(),
+        ) {
             let total: f64 = weights.iter().sum();
             let shares = Fleet::weighing(&weights).shares(&BalancePolicy::Weighted, 10_000, seed);
             for (share, weight) in shares.iter().zip(&weights) {

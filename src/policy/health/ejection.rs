@@ -1,12 +1,12 @@
 //! How long a backend is removed: 1 s, doubling to 60 s, less up to a fifth by chance.
 //!
-//! The doubling is a level: one up for each ejection, one down for each `ejection_decay` of health before it. So a
-//! backend that fails every trial is tried about once a minute, and one that failed in a bad minute an hour ago
-//! starts again at a second. (Envoy's outlier detection grows linearly and never forgets within a run; here the first ejections
-//! must be short because pools are small.)
+//! The doubling is a level: one up for each ejection, one down for each `ejection_decay` of health before
+//! it. So a backend that fails every trial is tried about once a minute, and one that failed in a bad
+//! minute an hour ago starts again at a second. (Envoy's outlier detection grows linearly and never forgets
+//! within a run; here the first ejections must be short because pools are small.)
 
-use super::super::Moment;
 use super::HealthPolicy;
+use crate::policy::Moment;
 use std::time::Duration;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -21,8 +21,8 @@ impl Doubling {
         self.level = self.level.saturating_sub(u32::try_from(forgiven).unwrap_or(u32::MAX));
     }
 
-    /// Length of the next ejection, and its number in a row (which stops counting at the longest: higher levels would only
-    /// take longer to forgive).
+    /// Length of the next ejection, and its number in a row (which stops counting at the longest:
+    /// higher levels would only take longer to forgive).
     pub(super) fn next(&mut self, policy: &HealthPolicy, rng: &mut fastrand::Rng) -> (Duration, u32) {
         let times = self.level.saturating_add(1);
         let factor = 1u32.checked_shl(self.level).unwrap_or(u32::MAX);
@@ -44,8 +44,8 @@ pub(super) fn shortened(whole: Duration, share: f64, rng: &mut fastrand::Rng) ->
     whole.mul_f64((1.0 - share * rng.f64()).clamp(0.0, 1.0)).min(whole)
 }
 
-/// The pause of a backend that said it is busy and not for how long: doubles from `busy_min` to `busy_max`, halved
-/// by chance so that the waiting do not return together.
+/// The pause of a backend that said it is busy and not for how long: doubles from `busy_min` to `busy_max`,
+/// halved by chance so that the waiting do not return together.
 pub(super) fn busy_pause(policy: &HealthPolicy, times: u32, rng: &mut fastrand::Rng) -> Duration {
     let factor = 1u32.checked_shl(times.saturating_sub(1)).unwrap_or(u32::MAX);
     shortened(policy.busy_min.saturating_mul(factor).min(policy.busy_max), 0.5, rng)

@@ -10,13 +10,14 @@
 //!    └── first token of a trial ┘     └────────── the trial fails ──────────────┘
 //! ```
 //!
-//! Faults are three in a row, a rate well below the peers', verified standstill, or misconfiguration.
-//! Three things lie across these states: the verdict of the probes, *busy* (a wish, never a fault) and *refusing* (a probe
-//! answered 503). Back in service, the windows are empty and the share climbs for ten seconds.
+//! Faults are three in a row, a rate well below the peers', verified standstill, or misconfiguration. Three
+//! things lie across these states: the verdict of the probes, *busy* (a wish, never a fault) and *refusing*
+//! (a probe answered 503). Back in service, the windows are empty and the share climbs for ten seconds.
 //!
-//! Invariants: an observation never removes the last eligible backend; one trial at a time; an ejection never
-//! exceeds `ejection_max`; what succeeds from now on is eligible again within that and one probe. With nobody eligible the
-//! caller sends suspects one attempt each ([`Panic`]), and such an attempt is as good as a trial.
+//! Invariants: an observation never removes the last eligible backend; one trial at a time; an ejection
+//! never exceeds `ejection_max` (`misconfigured_ejection` for that reason); what succeeds from now on is
+//! eligible again within that and one probe. With nobody eligible the caller sends suspects one attempt each ([`Panic`]), and such an attempt is as
+//! good as a trial.
 //!
 //! Not here: what is a fault (`policy::retry`), who is slow (`policy::progress`), doing anything about it.
 
@@ -52,7 +53,8 @@ const KEPT_AGAIN: Duration = Duration::from_secs(60);
 pub enum Observation {
     /// An attempt was completed.
     Success,
-    /// An attempt's first token (or first body byte of an answer) came. Say it once an attempt, before its outcome.
+    /// An attempt's first token (or first body byte of an answer) came. Say it once an attempt, before
+    /// its outcome.
     FirstToken,
     /// An attempt failed, and the backend is to blame.
     Fault,
@@ -369,8 +371,9 @@ impl Health {
         }
     }
 
-    /// When time alone changes the standing, or gives `tick` something to do; none when only probes, traffic or peers
-    /// can change anything. Later than the moment of the last `tick` that returned nothing.
+    /// When time alone changes the standing, or gives `tick` something to do; none when only probes,
+    /// traffic or peers can change anything. Later than the moment of the last `tick` that returned
+    /// nothing.
     pub fn next_change(&self, policy: &HealthPolicy) -> Option<Moment> {
         let phase = match self.phase {
             Phase::Ejected { until } => Some(until),
@@ -383,7 +386,8 @@ impl Health {
         [phase, busy].into_iter().flatten().min()
     }
 
-    /// Ejects at once a backend that the caller has verified to be stuck, under the same rule about the last one.
+    /// Ejects at once a backend that the caller has verified to be stuck, under the same rule about the
+    /// last one.
     pub fn eject_stuck(
         &mut self,
         policy: &HealthPolicy,
@@ -480,7 +484,8 @@ impl Health {
         self.probing.ever_passed
     }
 
-    /// False while in transition and for the first minute of being out: the prober then uses its short interval.
+    /// False while in transition and for the first minute of being out: the prober then uses its short
+    /// interval.
     pub fn steady(&self, now: Moment) -> bool {
         let settled = |since: Moment| now.since(since) >= SETTLED;
         if self.probing.wavers(self.known.fall) || self.probing.refusing.is_some_and(|since| !settled(since))
@@ -535,8 +540,9 @@ impl Health {
         }
     }
 
-    /// A request was served, or is being served. `fresh`: it began lately, as a first token proves. A completion
-    /// may be of work begun long ago: a process that no longer accepts connections still finishes its streams.
+    /// A request was served, or is being served. `fresh`: it began lately, as a first token proves. A
+    /// completion may be of work begun long ago: a process that no longer accepts connections still
+    /// finishes its streams.
     fn served(
         &mut self,
         policy: &HealthPolicy,
@@ -595,9 +601,9 @@ impl Health {
         let reason = if self.faults_in_a_row >= policy.eject_consecutive {
             EjectReason::ConsecutiveFaults(self.faults_in_a_row)
         } else {
-            // Without peers to compare with, a low rate is as likely the requests' fault or a shared dependency's. They will
-            // have outcomes soon, because each fault here is retried there; and a dead backend makes
-            // three faults in a row.
+            // Without peers to compare with, a low rate is as likely the requests' fault or a
+            // shared dependency's. They will have outcomes soon, because each fault here is
+            // retried there; and a dead backend makes three faults in a row.
             let rate = self.success_rate(now)?;
             let median = peers.median_success?;
             if rate >= policy.success_rate_min || rate + policy.peer_margin > median {
@@ -675,8 +681,8 @@ impl Health {
         becomes_busy.then(|| Transition::Busy { until: self.busy.until(), stated: until.is_some() })
     }
 
-    /// A verdict turned good. Returns whether a trial comes first. Without anyone else eligible it does not: capacity
-    /// is worth more than caution then.
+    /// A verdict turned good. Returns whether a trial comes first. Without anyone else eligible it does
+    /// not: capacity is worth more than caution then.
     fn probes_let_in(&mut self, now: Moment, first: bool, peers: &Peers) -> bool {
         match self.phase {
             Phase::Serving if first => {

@@ -8,13 +8,13 @@
 //!     └───────────────── fall fails in a row ───────────────────────────▲
 //! ```
 //!
-//! Aside from the verdict: *refusing* (the last probe that was answered at all was answered 503) and *outvoted* (the present run
-//! of failing probes was contradicted by succeeding requests; it has no vote until a probe passes). Outvoted probes
-//! stay outvoted through later faults, which the ejection judges: a backend whose probe path is wrong
-//! could otherwise never return once it is out.
+//! Aside from the verdict: *refusing* (the last probe that was answered at all was answered 503) and
+//! *outvoted* (the present run of failing probes was contradicted by succeeding requests; it has no vote
+//! until a probe passes). Outvoted probes stay outvoted through later faults, which the ejection judges: a
+//! backend whose probe path is wrong could otherwise never return once it is out.
 
-use super::super::Moment;
 use super::{HealthPolicy, ProbeVerdict};
+use crate::policy::Moment;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Verdict {

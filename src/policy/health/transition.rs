@@ -1,6 +1,6 @@
 //! What happened to a backend, as values with their reasons: the caller logs, counts and publishes them.
 
-use super::super::Moment;
+use crate::policy::Moment;
 use std::fmt;
 use std::time::Duration;
 

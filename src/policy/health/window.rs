@@ -1,10 +1,10 @@
 //! The recent outcomes of one backend, exactly: the last 64, as far as they are young enough.
 //!
-//! Counts, not time buckets: a busy backend is judged by its last second, a quiet one by its last ten minutes, and
-//! no bucket's edge changes a verdict. 64 is enough to tell 0.8 from 0.95 (three standard errors), few enough to turn in
-//! a second at 100 requests/s, and half a kilobyte.
+//! Counts, not time buckets: a busy backend is judged by its last second, a quiet one by its last ten
+//! minutes, and no bucket's edge changes a verdict. 64 is enough to tell 0.8 from 0.95 (three standard
+//! errors), few enough to turn in a second at 100 requests/s, and half a kilobyte.
 
-use super::super::Moment;
+use crate::policy::Moment;
 use std::time::Duration;
 
 const OUTCOMES_MAX: usize = 64;
