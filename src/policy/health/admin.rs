@@ -7,10 +7,10 @@
 //!   Disabled   no        no         no    no             no
 //! ```
 //!
-//! Draining and disabled differ only in what becomes of running work, which the caller sees to. Panic is graded:
-//! when too few are eligible, a suspect carries one attempt at a time. Not zero, for the judge may be wrong and
-//! only traffic can tell; not all, for that is how an overload becomes an outage. Busy is no suspicion
-//! but a request to wait, so panic does not break it.
+//! Draining and disabled differ only in what becomes of running work, which the caller sees to. Panic is
+//! graded: when too few are eligible, a suspect carries one attempt at a time. Not zero, for the judge may
+//! be wrong and only traffic can tell; not all, for that is how an overload becomes an outage. Busy is no
+//! suspicion but a request to wait, so panic does not break it.
 
 use super::Standing;
 
@@ -59,13 +59,14 @@ pub enum Panic {
     Graded,
 }
 
-/// Panic when at most one in so many is eligible. Five: losing four fifths at once is more often a wrong judge or a broken
-/// network on our side than that many deaths, and the survivors would carry five times their share.
+/// Panic when at most one in so many is eligible. Five: losing four fifths at once is more often a wrong
+/// judge or a broken network on our side than that many deaths, and the survivors would carry five times
+/// their share.
 const ELIGIBLE_ONE_IN: usize = 5;
 
 impl Panic {
-    /// Judges a pool of `members` enabled backends of which `eligible` are eligible. A pool of up to four panics
-    /// only when none is eligible: one healthy replica is enough to serve.
+    /// Judges a pool of `members` enabled backends of which `eligible` are eligible. A pool of up to
+    /// four panics only when none is eligible: one healthy replica is enough to serve.
     pub const fn judge(members: usize, eligible: usize) -> Self {
         if members == 0 {
             return Self::No;
@@ -79,8 +80,9 @@ impl Panic {
         }
     }
 
-    /// Whether a backend with `in_flight` unfinished attempts may get one more. The caller offers suspects only
-    /// after the eligible ones it has not tried, and asks [`begin_trial`](super::Health::begin_trial) in probation.
+    /// Whether a backend with `in_flight` unfinished attempts may get one more. The caller offers
+    /// suspects only after the eligible ones it has not tried, and asks
+    /// [`begin_trial`](super::Health::begin_trial) in probation.
     pub const fn admits(self, standing: Standing, admin: Administrative, in_flight: usize) -> bool {
         if may_receive(standing, admin) {
             return true;
@@ -96,8 +98,8 @@ impl Panic {
 
 #[cfg(test)]
 mod tests {
-    use super::super::super::Moment;
     use super::{Administrative, Panic, Standing, may_receive};
+    use crate::policy::Moment;
 
     const STANDINGS: [Standing; 5] = [
         Standing::Eligible { share: 1.0 },

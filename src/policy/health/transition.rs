@@ -1,6 +1,6 @@
 //! What happened to a backend, as values with their reasons: the caller logs, counts and publishes them.
 
-use super::super::Moment;
+use crate::policy::Moment;
 use std::fmt;
 use std::time::Duration;
 
@@ -107,12 +107,12 @@ pub enum Transition {
         until: Moment,
         /// Its length.
         lasts: Duration,
-        /// Which in a row: 1 for the first.
+        /// Which in a row, by failures: 1 for the first; stops counting at the longest.
         times: u32,
         /// What for.
         reason: EjectReason,
     },
-    /// It deserved ejection and stays. Told once per run of faults.
+    /// It deserved ejection and stays. Told at most once a minute.
     Kept {
         /// What for it would have been ejected.
         reason: EjectReason,
@@ -134,7 +134,7 @@ pub enum Transition {
     },
     /// The trial's first token came; slow start begins.
     Readmitted {
-        /// Time since the ejection (or since probation began, after a return by probes).
+        /// Time since the last ejection, or since probes let it into probation.
         after: Duration,
     },
     /// It carries its full share again.

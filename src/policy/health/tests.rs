@@ -1,0 +1,873 @@
+//! The judge on trial: single records by hand, then whole pools and random histories.
+
+use super::{
+    Arrival, EjectReason, Health, HealthPolicy, KeptBecause, Observation, Operational, Panic, Peers,
+    ProbeVerdict, Standing, Transition,
+};
+use crate::policy::Moment;
+use crate::policy::health::{Administrative, may_receive};
+use proptest::prelude::{
+    Just, ProptestConfig, Strategy, any, prop, prop_assert, prop_assert_eq, prop_oneof, proptest,
+};
+use std::time::Duration;
+
+const ONE_OTHER: Peers = Peers {
+    members: 2,
+    others_eligible: 1,
+    others_ejected: 0,
+    median_success: None,
+    anyone_ever_passed: true,
+    everyone_refusing: false,
+};
+const ALONE: Peers = Peers { members: 1, others_eligible: 0, ..ONE_OTHER };
+
+/// One record with its clock and its peers.
+struct Bench {
+    policy: HealthPolicy,
+    now: Moment,
+    peers: Peers,
+    rng: fastrand::Rng,
+    health: Health,
+}
+
+impl Bench {
+    /// A record of a healthy backend in full service.
+    fn healthy() -> Self {
+        let mut bench = Self::arriving(Arrival::Founder);
+        bench.probe(ProbeVerdict::Pass);
+        bench
+    }
+
+    fn arriving(arrival: Arrival) -> Self {
+        let now = Moment::from_micros(1_000_000);
+        Self {
+            policy: HealthPolicy::default(),
+            now,
+            peers: ONE_OTHER,
+            rng: fastrand::Rng::with_seed(1),
+            health: Health::new(arrival, now),
+        }
+    }
+
+    fn ejected() -> Self {
+        let mut bench = Self::healthy();
+        let last = bench.observe_times(Observation::Fault, 3);
+        assert!(matches!(last, Some(Transition::Ejected { .. })), "{last:?}");
+        bench
+    }
+
+    fn on_probation() -> Self {
+        let mut bench = Self::ejected();
+        bench.probe(ProbeVerdict::Pass);
+        bench.pass(1.0);
+        assert_eq!(bench.standing(), Standing::Probation);
+        bench
+    }
+
+    fn observe(&mut self, observation: Observation) -> Option<Transition> {
+        self.health.observe(&self.policy, self.now, observation, &self.peers, &mut self.rng)
+    }
+
+    fn observe_times(&mut self, observation: Observation, times: usize) -> Option<Transition> {
+        (0..times).fold(None, |_, _| self.observe(observation))
+    }
+
+    fn probe(&mut self, verdict: ProbeVerdict) -> Option<Transition> {
+        self.health.probe(&self.policy, self.now, verdict, &self.peers, &mut self.rng)
+    }
+
+    fn probe_times(&mut self, verdict: ProbeVerdict, times: usize) -> Option<Transition> {
+        (0..times).fold(None, |_, _| self.probe(verdict))
+    }
+
+    fn tick(&mut self) -> Option<Transition> {
+        self.health.tick(&self.policy, self.now, &self.peers)
+    }
+
+    fn pass(&mut self, secs: f64) -> Option<Transition> {
+        self.now = self.now + Duration::from_secs_f64(secs);
+        self.tick()
+    }
+
+    fn standing(&self) -> Standing {
+        self.health.standing(&self.policy, self.now)
+    }
+
+    fn eligible(&self) -> bool {
+        matches!(self.standing(), Standing::Eligible { .. })
+    }
+
+    fn out(&self) -> bool {
+        matches!(self.standing(), Standing::Out { .. })
+    }
+}
+
+// Arrival
+
+#[test]
+fn founders_serve_before_any_probe_until_someone_passes() {
+    let mut bench = Bench::arriving(Arrival::Founder);
+    bench.peers.anyone_ever_passed = false;
+    bench.tick();
+    assert_eq!(bench.standing(), Standing::Eligible { share: 1.0 });
+    bench.peers.anyone_ever_passed = true;
+    bench.tick();
+    assert_eq!(bench.standing(), Standing::Out { until: None });
+    let passed = bench.probe(ProbeVerdict::Pass);
+    assert_eq!(passed, Some(Transition::ProbesPassed { passes: 1, weak: false, probation: false }));
+    assert_eq!(bench.standing(), Standing::Eligible { share: 1.0 });
+}
+
+#[test]
+fn a_founder_that_served_needs_no_probe() {
+    let mut bench = Bench::arriving(Arrival::Founder);
+    bench.peers.anyone_ever_passed = false;
+    assert_eq!(bench.observe(Observation::FirstToken), Some(Transition::ProvenByTraffic));
+    assert!(bench.health.ever_passed());
+    bench.peers.anyone_ever_passed = true;
+    bench.tick();
+    assert!(bench.eligible());
+}
+
+#[test]
+fn a_newcomer_waits_for_its_first_pass_and_starts_slowly() {
+    let mut bench = Bench::arriving(Arrival::Newcomer);
+    bench.tick();
+    assert_eq!(bench.standing(), Standing::Out { until: None });
+    assert_eq!(
+        bench.probe(ProbeVerdict::WeakPass),
+        Some(Transition::ProbesPassed { passes: 1, weak: true, probation: false })
+    );
+    assert_eq!(bench.standing(), Standing::Eligible { share: 0.1 });
+    assert_eq!(bench.health.operational(), Operational::SlowStart);
+    bench.pass(5.0);
+    assert_eq!(bench.standing(), Standing::Eligible { share: 0.5 });
+    assert_eq!(bench.pass(5.0), Some(Transition::SlowStartOver));
+    assert_eq!(bench.standing(), Standing::Eligible { share: 1.0 });
+}
+
+#[test]
+fn without_probes_a_newcomer_starts_at_once_and_time_alone_leads_to_probation() {
+    let mut bench = Bench::arriving(Arrival::Newcomer);
+    bench.policy.probes = false;
+    bench.peers.anyone_ever_passed = false;
+    bench.tick();
+    assert_eq!(bench.standing(), Standing::Eligible { share: 0.1 });
+    bench.observe_times(Observation::Fault, 3);
+    assert_eq!(bench.pass(1.0), Some(Transition::Probation));
+    assert!(bench.health.begin_trial(bench.now));
+    assert!(matches!(bench.observe(Observation::FirstToken), Some(Transition::Readmitted { .. })));
+}
+
+// Probes
+
+#[test]
+fn fall_failures_in_a_row_make_unhealthy_and_rise_passes_lead_to_a_trial() {
+    let mut bench = Bench::healthy();
+    bench.probe_times(ProbeVerdict::Fail, 2);
+    bench.probe(ProbeVerdict::Pass);
+    assert_eq!(bench.probe_times(ProbeVerdict::Fail, 2), None);
+    assert!(bench.eligible());
+    assert_eq!(bench.probe(ProbeVerdict::Fail), Some(Transition::ProbesFailed { fails: 3 }));
+    assert!(bench.out());
+    assert_eq!(bench.health.operational(), Operational::Unhealthy);
+    assert_eq!(bench.probe(ProbeVerdict::Pass), None);
+    let passed = bench.probe(ProbeVerdict::Pass);
+    assert_eq!(passed, Some(Transition::ProbesPassed { passes: 2, weak: false, probation: true }));
+    assert_eq!(bench.standing(), Standing::Probation);
+}
+
+#[test]
+fn with_nobody_else_eligible_passing_probes_readmit_at_once() {
+    let mut bench = Bench::healthy();
+    bench.peers = ALONE;
+    bench.probe_times(ProbeVerdict::Fail, 3);
+    assert!(bench.out());
+    bench.probe_times(ProbeVerdict::Pass, 2);
+    assert!(bench.eligible());
+}
+
+#[test]
+fn failing_probes_are_outvoted_by_succeeding_traffic() {
+    let mut bench = Bench::healthy();
+    bench.probe(ProbeVerdict::Fail);
+    bench.pass(1.0);
+    bench.observe(Observation::Success);
+    bench.probe(ProbeVerdict::Fail);
+    assert_eq!(bench.probe(ProbeVerdict::Fail), Some(Transition::ProbesOutvoted { fails: 3 }));
+    for _ in 0..100 {
+        bench.pass(5.0);
+        assert_eq!(bench.probe(ProbeVerdict::Fail), None, "told once");
+    }
+    assert!(bench.eligible(), "even when idle");
+}
+
+#[test]
+fn success_from_before_the_probes_failed_outvotes_nothing() {
+    let mut bench = Bench::healthy();
+    bench.observe(Observation::Success);
+    bench.pass(1.0);
+    assert_eq!(bench.probe_times(ProbeVerdict::Fail, 3), Some(Transition::ProbesFailed { fails: 3 }));
+}
+
+#[test]
+fn a_fault_after_the_success_lets_failing_probes_speak() {
+    let mut bench = Bench::healthy();
+    bench.probe_times(ProbeVerdict::Fail, 2);
+    bench.observe(Observation::Success);
+    bench.observe(Observation::Fault);
+    assert_eq!(bench.probe(ProbeVerdict::Fail), Some(Transition::ProbesFailed { fails: 3 }));
+}
+
+#[test]
+fn traffic_brings_an_unhealthy_backend_back() {
+    let mut bench = Bench::healthy();
+    bench.probe_times(ProbeVerdict::Fail, 3);
+    assert_eq!(bench.observe(Observation::Success), None, "a completion may be of work begun long ago");
+    assert!(bench.out());
+    assert_eq!(bench.observe(Observation::FirstToken), Some(Transition::ProbesOutvoted { fails: 3 }));
+    assert!(bench.eligible());
+    assert_eq!(bench.probe_times(ProbeVerdict::Fail, 10), None);
+    assert!(bench.eligible());
+}
+
+#[test]
+fn outvoted_probes_do_not_keep_an_ejected_backend_out() {
+    let mut bench = Bench::healthy();
+    bench.probe(ProbeVerdict::Fail);
+    bench.observe(Observation::Success);
+    bench.probe_times(ProbeVerdict::Fail, 2);
+    bench.observe_times(Observation::Fault, 3);
+    assert!(bench.out());
+    bench.probe_times(ProbeVerdict::Fail, 5);
+    assert_eq!(bench.pass(1.0), Some(Transition::Probation));
+}
+
+#[test]
+fn failing_traffic_outvotes_passing_probes() {
+    let mut bench = Bench::healthy();
+    for n in 0..3 {
+        bench.probe(ProbeVerdict::Pass);
+        assert!(bench.eligible(), "after {n} faults");
+        bench.observe(Observation::Fault);
+    }
+    assert!(bench.out());
+    bench.probe_times(ProbeVerdict::Pass, 5);
+    assert!(bench.out(), "passing probes do not end an ejection");
+}
+
+#[test]
+fn a_probe_answered_503_stops_new_work_while_another_is_eligible() {
+    let mut bench = Bench::healthy();
+    assert_eq!(bench.probe(ProbeVerdict::Refusing), Some(Transition::Refusing));
+    assert_eq!(bench.standing(), Standing::Refusing);
+    bench.observe(Observation::Success);
+    assert_eq!(bench.standing(), Standing::Refusing, "running work proves nothing about new work");
+    bench.peers.others_eligible = 0;
+    bench.tick();
+    assert!(bench.eligible());
+    bench.peers.others_eligible = 1;
+    bench.tick();
+    assert_eq!(bench.standing(), Standing::Refusing);
+    assert_eq!(bench.probe(ProbeVerdict::Pass), Some(Transition::RefusalOver));
+    assert_eq!(bench.standing(), Standing::Eligible { share: 0.1 });
+}
+
+#[test]
+fn when_all_answer_503_traffic_decides() {
+    let mut bench = Bench::healthy();
+    bench.peers.everyone_refusing = true;
+    bench.probe(ProbeVerdict::Refusing);
+    assert!(bench.eligible());
+    bench.observe_times(Observation::Fault, 3);
+    assert!(bench.out());
+    assert_eq!(bench.pass(1.0), Some(Transition::Probation), "refusing probes cannot keep it out either");
+    assert_eq!(bench.standing(), Standing::Probation);
+}
+
+#[test]
+fn the_prober_hurries_only_while_something_may_change() {
+    let mut bench = Bench::arriving(Arrival::Founder);
+    assert!(!bench.health.steady(bench.now));
+    bench.probe(ProbeVerdict::Pass);
+    assert!(bench.health.steady(bench.now));
+    bench.probe(ProbeVerdict::Fail);
+    assert!(!bench.health.steady(bench.now));
+    bench.probe_times(ProbeVerdict::Fail, 2);
+    assert!(!bench.health.steady(bench.now));
+    bench.pass(60.0);
+    assert!(bench.health.steady(bench.now), "unhealthy for a minute");
+    bench.probe(ProbeVerdict::Pass);
+    assert!(!bench.health.steady(bench.now), "and coming back");
+    assert!(!Bench::ejected().health.steady(Bench::ejected().now));
+}
+
+// Ejection
+
+#[test]
+fn three_faults_in_a_row_eject_and_a_success_between_them_forgives() {
+    let mut bench = Bench::healthy();
+    bench.observe_times(Observation::Fault, 2);
+    bench.observe(Observation::Success);
+    assert_eq!(bench.observe_times(Observation::Fault, 2), None);
+    let ejected = bench.observe(Observation::Fault);
+    let Some(Transition::Ejected { until, lasts, times: 1, reason: EjectReason::ConsecutiveFaults(3) }) =
+        ejected
+    else {
+        panic!("{ejected:?}");
+    };
+    assert!(lasts <= Duration::from_secs(1) && lasts >= Duration::from_millis(800), "{lasts:?}");
+    assert_eq!(bench.standing(), Standing::Out { until: Some(until) });
+}
+
+#[test]
+fn first_tokens_do_not_hide_deaths_in_mid_stream() {
+    let mut bench = Bench::healthy();
+    for _ in 0..3 {
+        bench.observe(Observation::FirstToken);
+        bench.observe(Observation::Fault);
+    }
+    assert!(bench.out());
+}
+
+#[test]
+fn a_low_rate_ejects_only_who_does_worse_than_its_peers() {
+    let history = |bench: &mut Bench| {
+        for _ in 0..20 {
+            bench.observe(Observation::Success);
+            bench.observe(Observation::Fault);
+            if bench.out() {
+                return true;
+            }
+        }
+        false
+    };
+    let with = |median_success| {
+        let mut bench = Bench::healthy();
+        bench.peers.median_success = median_success;
+        history(&mut bench)
+    };
+    assert!(with(Some(1.0)), "one in two fails here, none there");
+    assert!(!with(Some(0.55)), "all fail alike");
+    assert!(!with(None), "nothing to compare with");
+}
+
+#[test]
+fn a_rate_of_too_few_outcomes_ejects_nobody() {
+    let mut bench = Bench::healthy();
+    bench.peers.median_success = Some(1.0);
+    for observation in [Observation::Fault, Observation::Success, Observation::Fault] {
+        assert_eq!(bench.observe(observation), None);
+    }
+    assert_eq!(bench.health.success_rate(bench.now), None);
+    bench.observe(Observation::Success);
+    assert!(matches!(
+        bench.observe(Observation::Fault),
+        Some(Transition::Ejected { reason: EjectReason::SuccessRate { .. }, .. })
+    ));
+}
+
+#[test]
+fn a_rate_never_ejects_more_than_half_of_the_pool() {
+    let mut bench = Bench::healthy();
+    bench.peers =
+        Peers { members: 4, others_eligible: 1, others_ejected: 2, median_success: Some(1.0), ..ONE_OTHER };
+    let mut told = 0;
+    for _ in 0..20 {
+        bench.observe(Observation::Success);
+        if let Some(transition) = bench.observe(Observation::Fault) {
+            assert!(matches!(transition, Transition::Kept { because: KeptBecause::HalfEjected, .. }));
+            told += 1;
+        }
+    }
+    assert!(bench.eligible());
+    assert_eq!(told, 1);
+    bench.peers.others_ejected = 1;
+    assert!(matches!(bench.observe(Observation::Fault), Some(Transition::Ejected { .. })));
+}
+
+#[test]
+fn the_last_eligible_is_kept_and_goes_when_another_returns() {
+    let mut bench = Bench::healthy();
+    bench.peers = ALONE;
+    let kept = bench.observe_times(Observation::Fault, 3);
+    assert!(matches!(kept, Some(Transition::Kept { because: KeptBecause::LastEligible, .. })), "{kept:?}");
+    assert_eq!(bench.observe_times(Observation::Fault, 50), None, "told once");
+    assert_eq!(
+        bench.health.eject_stuck(&bench.policy, bench.now, &bench.peers, &mut bench.rng),
+        None,
+        "nor for being stuck"
+    );
+    bench.observe(Observation::Misconfigured);
+    assert!(bench.eligible());
+    bench.peers = ONE_OTHER;
+    assert!(matches!(bench.observe(Observation::Fault), Some(Transition::Ejected { .. })));
+}
+
+#[test]
+fn a_misconfigured_backend_is_out_for_long_and_each_failed_trial_repeats_it() {
+    let mut bench = Bench::healthy();
+    let lasts = |transition| match transition {
+        Some(Transition::Ejected { lasts, reason: EjectReason::Misconfigured, .. }) => lasts.as_secs_f64(),
+        other => panic!("{other:?}"),
+    };
+    assert!((48.0..=60.0).contains(&lasts(bench.observe(Observation::Misconfigured))));
+    bench.probe(ProbeVerdict::Pass);
+    bench.pass(60.0);
+    assert!(bench.health.begin_trial(bench.now));
+    assert!((48.0..=60.0).contains(&lasts(bench.observe(Observation::Misconfigured))));
+}
+
+#[test]
+fn a_stuck_backend_is_ejected_without_a_fault() {
+    let mut bench = Bench::healthy();
+    let ejected = bench.health.eject_stuck(&bench.policy, bench.now, &bench.peers, &mut bench.rng);
+    assert!(matches!(ejected, Some(Transition::Ejected { reason: EjectReason::Stuck, .. })));
+    assert!(bench.out());
+}
+
+#[test]
+fn stragglers_neither_lengthen_an_ejection_nor_end_it() {
+    let mut bench = Bench::ejected();
+    let before = bench.standing();
+    for observation in
+        [Observation::Fault, Observation::Success, Observation::FirstToken, Observation::Misconfigured]
+    {
+        assert_eq!(bench.observe_times(observation, 5), None);
+    }
+    assert_eq!(bench.standing(), before);
+}
+
+#[test]
+fn with_nobody_eligible_a_served_request_ends_the_ejection() {
+    let mut bench = Bench::ejected();
+    bench.peers = Peers { members: 2, others_ejected: 1, ..ALONE };
+    assert_eq!(Panic::judge(2, 0), Panic::Graded);
+    assert!(Panic::Graded.admits(bench.standing(), Administrative::Enabled, 0));
+    assert!(matches!(bench.observe(Observation::FirstToken), Some(Transition::Readmitted { .. })));
+    assert!(bench.eligible());
+}
+
+// Return
+
+#[test]
+fn return_takes_time_then_a_probe_then_a_trial_then_a_ramp() {
+    let mut bench = Bench::ejected();
+    assert_eq!(bench.pass(1.0), Some(Transition::AwaitsProbe));
+    assert_eq!(bench.standing(), Standing::Out { until: None });
+    assert_eq!(bench.probe(ProbeVerdict::Fail), None);
+    assert_eq!(bench.probe(ProbeVerdict::Pass), Some(Transition::Probation));
+    assert!(may_receive(bench.standing(), Administrative::Enabled));
+    assert!(bench.health.begin_trial(bench.now));
+    assert_eq!(
+        bench.observe(Observation::FirstToken),
+        Some(Transition::Readmitted { after: Duration::from_secs(1) })
+    );
+    assert_eq!(bench.standing(), Standing::Eligible { share: 0.1 });
+    assert_eq!(bench.pass(10.0), Some(Transition::SlowStartOver));
+    assert_eq!(bench.health.operational(), Operational::Healthy);
+}
+
+#[test]
+fn a_probe_that_passed_during_the_ejection_is_enough() {
+    let mut bench = Bench::ejected();
+    bench.probe(ProbeVerdict::Pass);
+    assert_eq!(bench.pass(1.0), Some(Transition::Probation));
+}
+
+#[test]
+fn readmission_empties_the_windows() {
+    let mut bench = Bench::healthy();
+    bench.peers.median_success = Some(1.0);
+    for _ in 0..4 {
+        bench.observe(Observation::Success);
+        bench.observe(Observation::Fault);
+    }
+    assert!(bench.out() && bench.health.success_rate(bench.now).is_some());
+    bench.probe(ProbeVerdict::Pass);
+    bench.pass(1.0);
+    assert!(bench.health.begin_trial(bench.now));
+    bench.observe(Observation::Success);
+    assert_eq!(bench.health.success_rate(bench.now), None);
+    assert_eq!(bench.observe_times(Observation::Fault, 2), None, "two faults are two again");
+}
+
+#[test]
+fn one_trial_at_a_time_and_another_after_it_was_abandoned() {
+    let mut bench = Bench::on_probation();
+    let won = |bench: &mut Bench| (0..10).filter(|_| bench.health.begin_trial(bench.now)).count();
+    assert_eq!(won(&mut bench), 1);
+    assert!(bench.health.on_trial());
+    bench.health.abandon_trial();
+    assert_eq!(won(&mut bench), 1);
+    bench.observe(Observation::Neutral);
+    assert_eq!(won(&mut bench), 1);
+    assert!(matches!(bench.observe(Observation::Fault), Some(Transition::TrialFailed { times: 2, .. })));
+    assert_eq!(won(&mut bench), 0);
+}
+
+#[test]
+fn a_lost_trial_is_forgotten_in_the_end() {
+    let mut bench = Bench::on_probation();
+    assert!(bench.health.begin_trial(bench.now));
+    bench.pass(599.0);
+    assert!(!bench.health.begin_trial(bench.now));
+    bench.pass(1.0);
+    assert!(bench.health.begin_trial(bench.now));
+}
+
+#[test]
+fn nobody_begins_a_trial_outside_probation() {
+    for mut bench in [Bench::healthy(), Bench::ejected(), Bench::arriving(Arrival::Newcomer)] {
+        assert!(!bench.health.begin_trial(bench.now));
+    }
+    let mut bench = Bench::on_probation();
+    bench.probe_times(ProbeVerdict::Fail, 3);
+    assert!(!bench.health.begin_trial(bench.now), "unhealthy");
+    let mut bench = Bench::on_probation();
+    bench.observe(Observation::Busy { until: None });
+    assert!(!bench.health.begin_trial(bench.now), "busy");
+}
+
+#[test]
+fn failed_trials_double_up_to_a_minute() {
+    let mut bench = Bench::ejected();
+    bench.policy.ejection_jitter = 0.0;
+    let mut lengths = Vec::new();
+    for _ in 0..8 {
+        bench.probe(ProbeVerdict::Pass);
+        bench.pass(60.0);
+        assert!(bench.health.begin_trial(bench.now));
+        match bench.observe(Observation::Fault) {
+            Some(Transition::TrialFailed { lasts, .. }) => lengths.push(lasts.as_secs()),
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(lengths, [2, 4, 8, 16, 32, 60, 60, 60]);
+}
+
+// Busy
+
+#[test]
+fn retry_after_is_a_floor_whatever_else_happens() {
+    let mut bench = Bench::healthy();
+    let until = bench.now + Duration::from_secs(30);
+    assert_eq!(
+        bench.observe(Observation::Busy { until: Some(until) }),
+        Some(Transition::Busy { until, stated: true })
+    );
+    bench.observe(Observation::Success);
+    bench.probe(ProbeVerdict::Pass);
+    bench.observe(Observation::Busy { until: Some(bench.now + Duration::from_secs(1)) });
+    bench.observe(Observation::Busy { until: None });
+    bench.pass(29.9);
+    assert_eq!(bench.standing(), Standing::Busy { until });
+    assert!(!Panic::Graded.admits(bench.standing(), Administrative::Enabled, 0));
+    bench.pass(0.1);
+    assert!(bench.eligible());
+}
+
+#[test]
+fn busy_without_a_time_pauses_briefly_longer_each_time_until_a_success() {
+    let mut bench = Bench::healthy();
+    let pause = |bench: &mut Bench| {
+        bench.observe(Observation::Busy { until: None });
+        bench.observe_times(Observation::Busy { until: None }, 20);
+        let Standing::Busy { until } = bench.standing() else { panic!("not busy") };
+        let pause = until.since(bench.now);
+        bench.pass(pause.as_secs_f64() + 0.001);
+        assert!(bench.eligible());
+        pause
+    };
+    for most in [250, 500, 1000, 2000, 4000, 4000] {
+        let pause = pause(&mut bench);
+        assert!(
+            pause <= Duration::from_millis(most) && pause >= Duration::from_millis(most / 2 - 1),
+            "{pause:?}"
+        );
+    }
+    bench.observe(Observation::Busy { until: None });
+    bench.observe(Observation::Success);
+    assert!(bench.eligible(), "a slot is free");
+    assert!(pause(&mut bench) <= Duration::from_millis(250));
+}
+
+#[test]
+fn an_absurd_retry_after_is_not_believed() {
+    let mut bench = Bench::healthy();
+    bench.observe(Observation::Busy { until: Some(Moment::NEVER) });
+    bench.pass(600.0);
+    assert!(bench.eligible());
+}
+
+// Whole pools and random histories
+
+/// What may happen to a backend.
+#[derive(Clone, Copy, Debug)]
+enum Happening {
+    Observe(Observation),
+    Probe(ProbeVerdict),
+    BeginTrial,
+    AbandonTrial,
+    Stuck,
+    Pass(u32),
+}
+
+fn happening() -> impl Strategy<Value = Happening> {
+    let observation = prop_oneof![
+        Just(Observation::Success),
+        Just(Observation::FirstToken),
+        Just(Observation::Neutral),
+        Just(Observation::Misconfigured),
+        Just(Observation::Busy { until: None }),
+        (0u64..200_000_000).prop_map(|at| Observation::Busy { until: Some(Moment::from_micros(at)) }),
+    ];
+    let verdict = prop_oneof![
+        Just(ProbeVerdict::Pass),
+        Just(ProbeVerdict::WeakPass),
+        Just(ProbeVerdict::Fail),
+        Just(ProbeVerdict::Fail),
+        Just(ProbeVerdict::Refusing),
+    ];
+    prop_oneof![
+        3 => Just(Happening::Observe(Observation::Fault)),
+        4 => observation.prop_map(Happening::Observe),
+        4 => verdict.prop_map(Happening::Probe),
+        1 => Just(Happening::BeginTrial),
+        1 => Just(Happening::AbandonTrial),
+        1 => Just(Happening::Stuck),
+        4 => (0u32..20_000_000).prop_map(Happening::Pass),
+    ]
+}
+
+/// A pool that computes each member's peers as a pool does.
+struct Pool {
+    policy: HealthPolicy,
+    now: Moment,
+    rng: fastrand::Rng,
+    members: Vec<Health>,
+}
+
+impl Pool {
+    fn of(members: usize, probes: bool, seed: u64) -> Self {
+        Self {
+            policy: HealthPolicy { probes, ..HealthPolicy::default() },
+            now: Moment::ZERO,
+            rng: fastrand::Rng::with_seed(seed),
+            members: (0..members)
+                .map(|n| {
+                    Health::new(if n % 3 == 2 { Arrival::Newcomer } else { Arrival::Founder }, Moment::ZERO)
+                })
+                .collect(),
+        }
+    }
+
+    fn standing(&self, i: usize) -> Standing {
+        self.members[i].standing(&self.policy, self.now)
+    }
+
+    fn eligible(&self) -> usize {
+        (0..self.members.len()).filter(|&i| matches!(self.standing(i), Standing::Eligible { .. })).count()
+    }
+
+    fn peers(&self, of: usize) -> Peers {
+        let others = || (0..self.members.len()).filter(move |&i| i != of);
+        let mut rates: Vec<f64> = others().filter_map(|i| self.members[i].success_rate(self.now)).collect();
+        rates.sort_by(f64::total_cmp);
+        Peers {
+            members: self.members.len(),
+            others_eligible: others()
+                .filter(|&i| matches!(self.standing(i), Standing::Eligible { .. }))
+                .count(),
+            others_ejected: others().filter(|&i| self.members[i].is_ejected()).count(),
+            median_success: rates.get(rates.len() / 2).copied(),
+            anyone_ever_passed: self.members.iter().any(Health::ever_passed),
+            everyone_refusing: self
+                .members
+                .iter()
+                .all(|health| health.operational() == Operational::Refusing),
+        }
+    }
+
+    fn settle(&mut self) {
+        for i in 0..self.members.len() {
+            let peers = self.peers(i);
+            let mut ticks = 0;
+            while self.members[i].tick(&self.policy, self.now, &peers).is_some() {
+                ticks += 1;
+                assert!(ticks < 4, "tick does not come to rest");
+            }
+            let next = self.members[i].next_change(&self.policy);
+            assert!(
+                next.is_none_or(|next| next > self.now),
+                "a timer at {next:?} would spin at {:?}",
+                self.now
+            );
+        }
+    }
+
+    fn happen(&mut self, i: usize, happening: Happening) -> Option<Transition> {
+        let peers = self.peers(i);
+        let (policy, now, rng) = (&self.policy, self.now, &mut self.rng);
+        let health = &mut self.members[i];
+        let transition = match happening {
+            Happening::Observe(observation) => health.observe(policy, now, observation, &peers, rng),
+            Happening::Probe(verdict) => health.probe(policy, now, verdict, &peers, rng),
+            Happening::BeginTrial => {
+                health.begin_trial(now);
+                None
+            }
+            Happening::AbandonTrial => {
+                health.abandon_trial();
+                None
+            }
+            Happening::Stuck => health.eject_stuck(policy, now, &peers, rng),
+            Happening::Pass(micros) => {
+                self.now = self.now + Duration::from_micros(u64::from(micros));
+                None
+            }
+        };
+        self.settle();
+        transition
+    }
+
+    /// One second in which whatever is asked of any backend succeeds.
+    fn good_second(&mut self) {
+        self.now = self.now + Duration::from_secs(1);
+        self.settle();
+        for i in 0..self.members.len() {
+            if self.policy.probes {
+                self.happen(i, Happening::Probe(ProbeVerdict::Pass));
+            }
+            let standing = self.standing(i);
+            let tried = self.members[i].begin_trial(self.now);
+            if tried || matches!(standing, Standing::Eligible { .. }) {
+                self.happen(i, Happening::Observe(Observation::FirstToken));
+                self.happen(i, Happening::Observe(Observation::Success));
+            }
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(256))]
+
+    #[test]
+    fn observations_never_remove_the_last_eligible_backend(
+        members in 1usize..5,
+        probes in any::<bool>(),
+        history in prop::collection::vec((0usize..5, happening()), 0..300),
+        seed in any::<u64>(),
+    ) {
+        let mut pool = Pool::of(members, probes, seed);
+        pool.settle();
+        for (i, happening) in history {
+            let before = pool.eligible();
+            let transition = pool.happen(i % members, happening);
+            let judged = matches!(transition, Some(Transition::Ejected { .. }));
+            prop_assert!(!judged || before == 0 || pool.eligible() > 0, "{transition:?} left none of {before}");
+            if let Some(Transition::Ejected { lasts, .. } | Transition::TrialFailed { lasts, .. }) = transition {
+                prop_assert!(lasts <= pool.policy.ejection_max);
+            }
+            if let Some(transition) = transition {
+                prop_assert!(!transition.to_string().is_empty() && !transition.name().is_empty());
+            }
+        }
+    }
+
+    #[test]
+    fn whatever_happened_what_succeeds_from_now_on_is_soon_eligible(
+        members in 1usize..5,
+        probes in any::<bool>(),
+        history in prop::collection::vec((0usize..5, happening()), 0..300),
+        seed in any::<u64>(),
+    ) {
+        let mut pool = Pool::of(members, probes, seed);
+        for (i, happening) in history {
+            pool.happen(i % members, happening);
+        }
+        for health in &mut pool.members {
+            health.abandon_trial();
+        }
+        // The longest ejection or Retry-After of the history, then a probe or two, then the ramp.
+        for _ in 0..215 {
+            pool.good_second();
+        }
+        for i in 0..members {
+            prop_assert_eq!(pool.standing(i), Standing::Eligible { share: 1.0 }, "{:?}", pool.members[i]);
+        }
+    }
+
+    #[test]
+    fn busy_and_neutral_never_eject(
+        lessons in prop::collection::vec(
+            prop_oneof![
+                Just(Observation::Busy { until: None }),
+                Just(Observation::Busy { until: Some(Moment::from_micros(9_000_000)) }),
+                Just(Observation::Neutral),
+            ],
+            0..200,
+        ),
+    ) {
+        let mut bench = Bench::healthy();
+        bench.peers.median_success = Some(1.0);
+        for lesson in lessons {
+            let transition = bench.observe(lesson);
+            let harmless = matches!(transition, None | Some(Transition::Busy { .. }));
+            prop_assert!(harmless);
+            prop_assert!(!bench.out());
+            bench.pass(0.1);
+        }
+        bench.pass(9.0);
+        prop_assert!(bench.eligible());
+    }
+
+    #[test]
+    fn a_trial_is_won_once_between_outcomes(
+        history in prop::collection::vec(happening(), 0..300),
+        seed in any::<u64>(),
+    ) {
+        let mut pool = Pool::of(2, true, seed);
+        let mut under_way = false;
+        for happening in history {
+            if matches!(happening, Happening::BeginTrial) {
+                let wins = (0..3).filter(|_| pool.members[0].begin_trial(pool.now)).count();
+                prop_assert!(wins + usize::from(under_way) <= 1);
+                under_way |= wins == 1;
+            } else {
+                pool.happen(0, happening);
+                pool.happen(1, Happening::Probe(ProbeVerdict::Pass));
+                under_way &= pool.members[0].on_trial();
+            }
+        }
+    }
+
+    #[test]
+    fn a_bad_minute_is_over_within_the_longest_ejection(seed in any::<u64>(), bad_secs in 1u32..90) {
+        let mut pool = Pool::of(2, true, seed);
+        for _ in 0..5 {
+            pool.good_second();
+        }
+        for _ in 0..bad_secs {
+            pool.now = pool.now + Duration::from_secs(1);
+            pool.settle();
+            pool.happen(0, Happening::Probe(ProbeVerdict::Pass));
+            pool.happen(1, Happening::Observe(Observation::Success));
+            if matches!(pool.standing(0), Standing::Eligible { .. }) {
+                for _ in 0..3 {
+                    pool.happen(0, Happening::Observe(Observation::Fault));
+                }
+            } else if pool.members[0].begin_trial(pool.now) {
+                pool.happen(0, Happening::Observe(Observation::Fault));
+            }
+        }
+        let mut waited = 0;
+        while !matches!(pool.standing(0), Standing::Eligible { .. }) {
+            pool.good_second();
+            waited += 1;
+            prop_assert!(waited <= 61, "still {:?}", pool.standing(0));
+        }
+        // Each ejection is at most double the last, of which chance took a fifth off.
+        prop_assert!(waited <= bad_secs * 5 / 4 + 4, "out for {waited} s after {bad_secs} bad ones");
+    }
+}
