@@ -17,10 +17,6 @@ use super::{
 
 /// Longer than most streams need to end, shorter than the 30 s + slack orchestrators wait before SIGKILL.
 pub(super) const DRAIN_DEADLINE: Duration = Duration::from_secs(30);
-/// A backend may be a quarter above the mean load before its keys move on (Mirrokni et al. 2016, ε = 0.25).
-pub(super) const HASH_BOUND: f64 = 1.25;
-/// About a thousand tokens: a system prompt, rarely the question behind it.
-pub(super) const PROMPT_BYTES: usize = 4096;
 /// The level at which a line is worth an operator's eyes.
 const LOG_LEVEL: &str = "info";
 

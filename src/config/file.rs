@@ -223,8 +223,12 @@ impl<'d> Table<'d> {
         self.entries.is_some()
     }
 
-    /// Records an error about a key that is not there.
+    /// Records an error about a key that is not there, unless a misspelling of it is.
     pub(super) fn missing(&self, key: &str, right: impl Into<String>) {
+        let mut others = self.entries.into_iter().flat_map(|entries| entries.keys());
+        if others.any(|other| keys::means(self.section, other.get_ref()) == Some(key)) {
+            return;
+        }
         self.error_at(key, "is missing", right);
     }
 

@@ -175,14 +175,20 @@ pub fn known_keys() -> impl Iterator<Item = (&'static str, &'static [&'static st
     SECTIONS.iter().map(|section| (section.path, section.keys))
 }
 
+/// The key of the section that an unknown one most likely stands for.
+pub(super) fn means(section: &Section, key: &str) -> Option<&'static str> {
+    let unknown = !section.keys.contains(&key);
+    let synonym = || {
+        let known = SYNONYMS.iter().find(|(word, meant)| *word == key && section.keys.contains(meant));
+        known.map(|&(_, meant)| meant)
+    };
+    nearest(key, section.keys).or_else(synonym).filter(|_| unknown)
+}
+
 /// What to write instead of an unknown key.
 pub(super) fn advice(section: &Section, key: &str) -> String {
-    if let Some(near) = nearest(key, section.keys) {
-        return format!("did you mean {near}");
-    }
-    let synonym = SYNONYMS.iter().find(|(word, meant)| *word == key && section.keys.contains(meant));
-    if let Some((_, meant)) = synonym {
-        return format!("it is called {meant} here");
+    if let Some(meant) = means(section, key) {
+        return format!("did you mean {meant}");
     }
     let elsewhere: Vec<String> = SECTIONS
         .iter()
@@ -238,7 +244,7 @@ mod tests {
         assert_eq!(advice(&POOL, "backend"), "did you mean backends");
         assert_eq!(advice(&POOL, "bakcends"), "did you mean backends");
         assert_eq!(advice(&BACKEND, "in-flight-max"), "did you mean in_flight_max");
-        assert_eq!(advice(&POOL, "servers"), "it is called backends here");
+        assert_eq!(advice(&POOL, "servers"), "did you mean backends");
         assert_eq!(advice(&POOL, "connect"), "it belongs to [pool.clocks]");
         assert_eq!(advice(&ADMIN, "zebra"), "known here: address, token");
     }

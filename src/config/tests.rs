@@ -300,6 +300,14 @@ fn each_mistake_has_its_own_words() {
 }
 
 #[test]
+fn a_misspelt_key_is_not_told_as_missing_too() {
+    assert_eq!(
+        only_error("[[pool]]\nservers = [\"http://a:1\"]"),
+        ":2: pool[0].servers: unknown key; did you mean backends"
+    );
+}
+
+#[test]
 fn a_mistake_of_syntax_does_not_hide_the_others() {
     let text = "workers = two\n[admin]\naddress = 127.0.0.1:80\n[client]\nidel = \"1s\"\nhead = \"1s\"\nhead = \"2s\"\n\
                 [[pool]]\nname = chat\nbackends = [\"http://a:1\"]\n[[route]]\npool = \"chat\"\n";
@@ -520,6 +528,10 @@ proptest! {
     #[test]
     fn the_effective_configuration_reads_back_as_itself(text in configurations()) {
         if let Ok(config) = parse(&text, "test.toml", &env) {
+            for pool in &config.pools {
+                prop_assert_eq!(pool.health.validate(), Ok(()));
+                prop_assert_eq!(pool.balance.validate(), Ok(()));
+            }
             let effective = config.effective_toml();
             let again = parse(&effective, "effective", &|_| None);
             prop_assert_eq!(again.map_err(|errors| format!("{errors}\n{effective}")), Ok(config));

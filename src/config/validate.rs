@@ -524,7 +524,7 @@ fn balance(table: &Table<'_>) -> BalancePolicy {
     }
     let header = header.and_then(|item| item.string().and_then(|name| header_name(&name, &item)));
     let prompt_bytes = prompt.and_then(|item| item.size(1..=MIB));
-    let bound = table.number("bound", defaults::HASH_BOUND, 1.0..=100.0);
+    let bound = table.number("bound", BalancePolicy::BOUND, 1.0..=100.0);
     table.refuse_unknown_keys();
     match strategy {
         Strategy::PowerOfTwo => BalancePolicy::PowerOfTwo,
@@ -536,7 +536,7 @@ fn balance(table: &Table<'_>) -> BalancePolicy {
                 || AffinityKey::PromptPrefix {
                     bytes: prompt_bytes
                         .and_then(|n| usize::try_from(n).ok())
-                        .unwrap_or(defaults::PROMPT_BYTES),
+                        .unwrap_or(AffinityKey::PROMPT_PREFIX_BYTES),
                 },
                 AffinityKey::Header,
             );

@@ -403,7 +403,7 @@ mod tests {
             (model("bge-"), false),
             (both, false),
         ] {
-            let table = Table::new(&[route.clone()], &[pool("a", &[], &[]), pool("b", &[], &[])]);
+            let table = Table::new(std::slice::from_ref(&route), &[pool("a", &[], &[]), pool("b", &[], &[])]);
             let head = head("/v1/chat", Some("API.Example.com.:8443"), &headers);
             let routed = table.route(&head, Some("bge-m3"), &|pool, _| pool == 0).unwrap();
             let expected = if holds { (1, Some(0)) } else { (0, None) };
