@@ -308,6 +308,23 @@ fn a_misspelt_key_is_not_told_as_missing_too() {
 }
 
 #[test]
+fn hostile_shapes_are_refused_in_time() {
+    for text in [
+        "[".repeat(100_000),
+        format!("a = {}", "[".repeat(100_000)),
+        format!("a = {}", "{a=".repeat(50_000)),
+        "a.".repeat(50_000),
+    ] {
+        assert!(parse(&text, "test.toml", &env).is_err());
+    }
+}
+
+#[test]
+fn windows_line_ends_and_a_byte_order_mark_change_nothing() {
+    assert_eq!(read(&format!("\u{feff}{}", MINIMAL.replace('\n', "\r\n"))), read(MINIMAL));
+}
+
+#[test]
 fn a_mistake_of_syntax_does_not_hide_the_others() {
     let text = "workers = two\n[admin]\naddress = 127.0.0.1:80\n[client]\nidel = \"1s\"\nhead = \"1s\"\nhead = \"2s\"\n\
                 [[pool]]\nname = chat\nbackends = [\"http://a:1\"]\n[[route]]\npool = \"chat\"\n";
