@@ -397,12 +397,7 @@ where
     on_event(event_of(block, raw, in_chunk, joined))
 }
 
-fn event_of<'a>(
-    block: Block,
-    raw: &'a [u8],
-    in_chunk: Range<usize>,
-    joined: &'a mut Vec<u8>,
-) -> Event<'a> {
+fn event_of<'a>(block: Block, raw: &'a [u8], in_chunk: Range<usize>, joined: &'a mut Vec<u8>) -> Event<'a> {
     let data = match block.data {
         None => &[],
         Some(first) if !block.more_data => first.of(raw),
