@@ -1,11 +1,15 @@
-//! Answers in one piece.
+//! Answers in one piece: whole, sane, and really an answer? Held back until that is known.
+//!
+//! Lenient in everything that does not show a failure: a member more or less is the engine's business.
 
 use std::fmt;
 
 use http::StatusCode;
 
-use super::{Endpoint, ErrorClass, Finish};
-use crate::policy::json::JsonError;
+use super::error::classify_error_body;
+use super::event::read_object;
+use super::{Endpoint, ErrorClass, EventFacts, Finish};
+use crate::policy::json::{self, JsonError, Kind, Reader, Value, scan_object_prefix};
 
 /// Why an answer must not reach the client (F13, F24).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,7 +44,194 @@ impl fmt::Display for BadAnswer {
 impl std::error::Error for BadAnswer {}
 
 /// Judges a whole answer of `endpoint`. Only answers of success (2xx) are judged; others are what
-/// they say.
-pub fn check_answer(_endpoint: Endpoint, _status: StatusCode, _body: &[u8]) -> Result<(), BadAnswer> {
+/// they say. The body must be decoded (no content coding).
+///
+/// Costs one pass; what is no JSON by definition (gRPC, unknown endpoints) is not looked at.
+pub fn check_answer(endpoint: Endpoint, status: StatusCode, body: &[u8]) -> Result<(), BadAnswer> {
+    if !status.is_success() {
+        return Ok(());
+    }
+    let visible = body.trim_ascii_start();
+    if visible.is_empty() {
+        return if endpoint.must_have_body() { Err(BadAnswer::Empty) } else { Ok(()) };
+    }
+    if !endpoint.answers_json() {
+        return Ok(());
+    }
+    if endpoint.generates() {
+        // A batch of prompts at a native endpoint is answered by a list, which has no error shape.
+        if visible.first() == Some(&b'[') {
+            return json::validate(body).map_err(BadAnswer::Json);
+        }
+        let facts = read_object(endpoint, body).map_err(BadAnswer::Json)?;
+        return check_generation(endpoint, &facts);
+    }
+    let body = if endpoint == Endpoint::KserveInfer { json_part(body)? } else { body };
+    let numbers = matches!(
+        endpoint,
+        Endpoint::Embeddings
+            | Endpoint::OllamaEmbed
+            | Endpoint::Rerank
+            | Endpoint::Score
+            | Endpoint::Classify
+            | Endpoint::KserveInfer
+    );
+    let mut check = Check { is_error: false, not_finite: false };
+    check.read(body, numbers).map_err(|fault| not_json(body, fault))?;
+    if check.is_error {
+        return Err(BadAnswer::Error(classify_error_body(body)));
+    }
+    if check.not_finite {
+        return Err(BadAnswer::NotFinite);
+    }
     Ok(())
+}
+
+fn check_generation(endpoint: Endpoint, facts: &EventFacts) -> Result<(), BadAnswer> {
+    if let Some(error) = facts.error {
+        return Err(BadAnswer::Error(error));
+    }
+    if let Some(cut) = facts.finish.filter(|finish| !finish.is_good()) {
+        return Err(BadAnswer::Unfinished(cut));
+    }
+    match endpoint {
+        Endpoint::ChatCompletions | Endpoint::Completions if facts.choices.is_empty() => {
+            Err(BadAnswer::Missing("choices"))
+        }
+        // `done: false` is what Ollama's runner leaves behind when it dies.
+        Endpoint::OllamaChat | Endpoint::OllamaGenerate if facts.finish.is_none() => {
+            Err(BadAnswer::Missing("done"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The JSON in front of binary tensors (KServe's binary data extension).
+fn json_part(body: &[u8]) -> Result<&[u8], BadAnswer> {
+    let end = scan_object_prefix(body, |_, _| std::ops::ControlFlow::Continue(()));
+    match end.map_err(|fault| not_json(body, fault))? {
+        Some(end) => Ok(&body[..end]),
+        None => Ok(body),
+    }
+}
+
+/// Python writes NaN and the infinities as bare words, which is not JSON but says clearly what is wrong.
+fn not_json(body: &[u8], fault: JsonError) -> BadAnswer {
+    let here = body.get(fault.offset..).unwrap_or_default();
+    let here = here.strip_prefix(b"-").unwrap_or(here);
+    if here.starts_with(b"NaN") || here.starts_with(b"Infinity") {
+        BadAnswer::NotFinite
+    } else {
+        BadAnswer::Json(fault)
+    }
+}
+
+struct Check {
+    is_error: bool,
+    not_finite: bool,
+}
+
+impl Check {
+    fn read(&mut self, body: &[u8], numbers: bool) -> Result<(), JsonError> {
+        let mut reader = Reader::new(body)?;
+        if reader.peek()? == Kind::Object {
+            reader.object(|reader, name| match name {
+                b"error" => {
+                    self.is_error |= !reader.skip()?.is_blank();
+                    Ok(())
+                }
+                _ => self.member(reader, name, numbers),
+            })?;
+        } else {
+            self.value(&mut reader, numbers)?;
+        }
+        reader.finish()
+    }
+
+    fn member(&mut self, reader: &mut Reader<'_>, name: &[u8], numbers: bool) -> Result<(), JsonError> {
+        if !numbers {
+            return reader.skip().map(drop);
+        }
+        match (name, reader.peek()?) {
+            (b"score" | b"relevance_score", Kind::Null) => self.not_finite = true,
+            (b"embedding" | b"embeddings", Kind::String) => {
+                let vector = reader.skip()?;
+                self.not_finite |= vector.as_str().is_some_and(|base64| mostly_not_finite(&base64));
+                return Ok(());
+            }
+            _ => {}
+        }
+        self.value(reader, numbers)
+    }
+
+    /// Recursion ends at the reader's bound of depth.
+    fn value(&mut self, reader: &mut Reader<'_>, numbers: bool) -> Result<(), JsonError> {
+        if !numbers {
+            return reader.skip().map(drop);
+        }
+        match reader.peek()? {
+            Kind::Object => reader.object(|reader, name| self.member(reader, name, numbers)).map(drop),
+            Kind::Array => reader
+                .array(|reader| match reader.peek()? {
+                    Kind::Array | Kind::Object => self.value(reader, numbers),
+                    _ => {
+                        let element = reader.skip()?;
+                        self.not_finite |= element.is_null() || is_infinite(element);
+                        Ok(())
+                    }
+                })
+                .map(drop),
+            _ => {
+                let value = reader.skip()?;
+                self.not_finite |= is_infinite(value);
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Whether a number is beyond a float. Only one with an exponent or with hundreds of digits can be.
+fn is_infinite(number: Value<'_>) -> bool {
+    const DIGITS_MAX: usize = 300;
+    let raw = number.raw();
+    number.kind() == Kind::Number
+        && (raw.len() > DIGITS_MAX || raw.iter().any(|byte| matches!(byte, b'e' | b'E')))
+        && number.as_f64().is_some_and(f64::is_infinite)
+}
+
+/// Whether more than half of the 32-bit floats in a base64 vector are NaN or infinite.
+///
+/// More than half, because other number types may be hidden there (vLLM's `embed_dtype`, `endianness`):
+/// read as floats, finite float16, bfloat16 and float8 never look infinite, and byte-swapped floats do in
+/// one of 250 cases. A replica that computes NaN, on the other hand, normalises the vector with it.
+fn mostly_not_finite(base64: &str) -> bool {
+    let mut bits = 0_u32;
+    let mut bit_count = 0;
+    let mut float = 0_u32;
+    let mut byte_count = 0;
+    let (mut floats, mut bad) = (0_u32, 0_u32);
+    for &symbol in base64.as_bytes() {
+        let six = match symbol {
+            b'A'..=b'Z' => symbol - b'A',
+            b'a'..=b'z' => symbol - b'a' + 26,
+            b'0'..=b'9' => symbol - b'0' + 52,
+            b'+' | b'-' => 62,
+            b'/' | b'_' => 63,
+            b'=' => break,
+            _ => return false,
+        };
+        bits = bits << 6 | u32::from(six);
+        bit_count += 6;
+        if bit_count >= 8 {
+            bit_count -= 8;
+            // Little-endian, as numpy and struct write it.
+            float = float >> 8 | (bits >> bit_count & 0xFF) << 24;
+            byte_count += 1;
+            if byte_count % 4 == 0 {
+                floats += 1;
+                bad += u32::from(!f32::from_bits(float).is_finite());
+            }
+        }
+    }
+    bad > floats / 2
 }

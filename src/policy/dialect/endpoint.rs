@@ -5,6 +5,8 @@
 
 use http::Method;
 
+use super::event::Shape;
+
 /// The family of wire shapes, which decides how errors are worded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Dialect {
@@ -127,7 +129,7 @@ impl Endpoint {
     /// The endpoint of a request; `path` without query. Never fails: what is not known is
     /// [`Other`](Self::Other).
     pub fn of(method: &Method, path: &str) -> Self {
-        if method == Method::GET || method == Method::HEAD {
+        if method == Method::GET {
             let models = path.strip_prefix("/v1/models").or_else(|| path.strip_prefix("/models"));
             return match models {
                 Some("") => Self::Models,
@@ -217,6 +219,18 @@ impl Endpoint {
             | Self::GrpcInfer
             | Self::Models
             | Self::Other => false,
+        }
+    }
+
+    /// The shape of what it generates; OpenAI's for endpoints that generate nothing.
+    pub(super) fn stream_shape(self) -> Shape {
+        match self {
+            Self::Responses => Shape::Responses,
+            Self::AnthropicMessages => Shape::Anthropic,
+            Self::OllamaChat | Self::OllamaGenerate => Shape::Ollama,
+            Self::LlamaCompletion | Self::Infill | Self::Generate | Self::GenerateStream => Shape::Native,
+            Self::KserveGenerate | Self::KserveGenerateStream => Shape::Kserve,
+            _ => Shape::OpenAi,
         }
     }
 

@@ -28,7 +28,10 @@ mod request;
 
 pub use answer::{BadAnswer, check_answer};
 pub use endpoint::{Dialect, Endpoint};
-pub use error::{ErrorClass, classify_error_body, is_content_filter, is_context_length, is_model_not_found};
+pub use error::{
+    ErrorClass, classify_error_answer, classify_error_body, is_content_filter, is_context_length,
+    is_model_not_found,
+};
 pub use event::{Choices, EventFacts, Finish, InvalidEvent, StreamProgress, read_event};
 pub use grpc::{grpc_class, grpc_message, grpc_status};
 pub use rejection::{Rejection, error_body, error_event};

@@ -1,1 +1,56 @@
-//! (being written)
+//! Ollama's own API: one JSON object a line, `done: true` in the last. llama.cpp serves `/api/chat` in
+//! OpenAI's shape, which is recognised by its `choices`.
+
+use super::error::classify_error_body;
+use super::event::{EventFacts, Finish, read_members};
+use super::openai;
+use crate::policy::json::{JsonError, Reader};
+
+/// A line; also a whole answer.
+pub(super) fn read(json: &[u8]) -> Result<EventFacts, JsonError> {
+    let mut facts = EventFacts::default();
+    let mut is_error = false;
+    let mut is_openai = false;
+    let mut ended = false;
+    let mut reason = None;
+    read_members(json, |reader, name| {
+        match name {
+            b"message" => facts.meaningful |= read_message(reader)?,
+            b"response" | b"thinking" => facts.meaningful |= !reader.skip()?.is_blank(),
+            b"done" => ended = reader.skip()?.as_bool() == Some(true),
+            b"done_reason" => reason = Finish::of_value(reader.skip()?),
+            b"error" => is_error |= !reader.skip()?.is_blank(),
+            b"choices" => {
+                reader.skip()?;
+                is_openai = true;
+            }
+            _ => {
+                reader.skip()?;
+            }
+        }
+        Ok(())
+    })?;
+    if is_openai {
+        return openai::read_chunk(json);
+    }
+    if is_error {
+        facts.error = Some(classify_error_body(json));
+        return Ok(facts);
+    }
+    facts.choices.insert(0);
+    if ended {
+        facts.finish_choice(0, reason.unwrap_or(Finish::Stop));
+        facts.done = true;
+    }
+    Ok(facts)
+}
+
+fn read_message(reader: &mut Reader<'_>) -> Result<bool, JsonError> {
+    let mut meaningful = false;
+    reader.object(|reader, name| {
+        let value = reader.skip()?;
+        meaningful |= name != b"role" && !value.is_blank();
+        Ok(())
+    })?;
+    Ok(meaningful)
+}
