@@ -858,3 +858,359 @@ fn unescape_unicode(escape: &[u8]) -> Option<(char, usize)> {
 fn hex4(digits: &[u8]) -> Option<u32> {
     digits.iter().try_fold(0, |sum, &digit| Some(sum << 4 | char::from(digit).to_digit(16)?))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use serde_json::Value as Tree;
+
+    fn kind_of(text: &[u8]) -> JsonErrorKind {
+        validate(text).unwrap_err().kind
+    }
+
+    #[test]
+    fn faults_are_named_and_placed() {
+        use JsonErrorKind as K;
+        for (text, offset, kind) in [
+            (&b""[..], 0, K::UnexpectedEnd),
+            (b"  ", 2, K::UnexpectedEnd),
+            (b"{\"a\":", 5, K::UnexpectedEnd),
+            (b"{\"a\"}", 4, K::UnexpectedByte),
+            (b"{\"a\":1,}", 7, K::UnexpectedByte),
+            (b"[1,]", 3, K::UnexpectedByte),
+            (b"[1 2]", 3, K::UnexpectedByte),
+            (b"[1}", 2, K::UnexpectedByte),
+            (b"{a:1}", 1, K::UnexpectedByte),
+            (b"NaN", 0, K::UnexpectedByte),
+            (b"[1, Infinity]", 4, K::UnexpectedByte),
+            (b"-Infinity", 1, K::BadNumber),
+            (b"tru", 3, K::UnexpectedEnd),
+            (b"trux", 3, K::UnexpectedByte),
+            (b"01", 1, K::BadNumber),
+            (b"1.", 2, K::UnexpectedEnd),
+            (b"1.x", 2, K::BadNumber),
+            (b"1e+", 3, K::UnexpectedEnd),
+            (b"+1", 0, K::UnexpectedByte),
+            (b"\"a\nb\"", 2, K::ControlCharacter),
+            (b"\"\\x\"", 1, K::BadEscape),
+            (b"\"\\u12G4\"", 5, K::BadEscape),
+            (b"\"abc", 4, K::UnexpectedEnd),
+            (b"\"\xFF\"", 1, K::BadUtf8),
+            (b"{} {}", 3, K::TrailingBytes),
+        ] {
+            let name = String::from_utf8_lossy(text);
+            assert_eq!(validate(text), Err(JsonError { offset, kind }), "{name}");
+        }
+    }
+
+    #[test]
+    fn depth_is_bounded_whichever_way_it_is_walked() {
+        let nested = |depth: usize| [vec![b'['; depth], vec![b']'; depth]].concat();
+        let depth_max = DEPTH_MAX as usize;
+        assert_eq!(validate(&nested(depth_max)), Ok(()));
+        assert_eq!(kind_of(&nested(depth_max + 1)), JsonErrorKind::TooDeep);
+        assert_eq!(kind_of(&vec![b'['; 1 << 20]), JsonErrorKind::TooDeep);
+        fn walk(reader: &mut Reader<'_>) -> Result<(), JsonError> {
+            reader.array(walk).map(drop)
+        }
+        let text = nested(depth_max + 1);
+        let mut reader = Reader::new(&text).unwrap();
+        assert_eq!(walk(&mut reader).unwrap_err().kind, JsonErrorKind::TooDeep);
+        // What is only skimmed has no depth.
+        let body = [b"{\"a\":", &nested(1 << 20)[..], b"}"].concat();
+        assert_eq!(scan_top_level(&body, |_, _| ControlFlow::Continue(())), Ok(()));
+    }
+
+    #[test]
+    fn long_and_short_strings_are_searched_alike() {
+        for len in 0..100 {
+            for (stop, kind) in [("\"", None), ("\u{1}", Some(JsonErrorKind::ControlCharacter))] {
+                for fill in ["x", "\u{e9}", "\u{7f}", "~"] {
+                    let text = format!("\"{}{stop}", fill.repeat(len));
+                    assert_eq!(validate(text.as_bytes()).err().map(|e| e.kind), kind, "{text:?}");
+                }
+                let text = format!("\"{}\\n{}{stop}", "x".repeat(len), "y".repeat(len));
+                assert_eq!(validate(text.as_bytes()).err().map(|e| e.kind), kind, "{text:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn values_read_as_what_they_are() {
+        let body = br#"{"s":"a\u00e9\ud83d\ude00\n\/","lone":"\ud800","n":12,"neg":-1,"f":1.5e2,"b":true,"z":null,"o":{"k":[1, [2] ,{}]},"e":" ","w":[ ],"big":18446744073709551616}"#;
+        let mut found = Vec::new();
+        scan_top_level(body, |name, value| {
+            assert_eq!(&body[value.span()], value.raw());
+            found.push((String::from_utf8(name.to_vec()).unwrap(), value));
+            ControlFlow::Continue(())
+        })
+        .unwrap();
+        let get = |name: &str| found.iter().find(|(own, _)| own == name).unwrap().1;
+        assert_eq!(get("s").as_str().unwrap(), "aé😀\n/");
+        assert_eq!(get("lone").as_str(), None);
+        assert_eq!(get("n").as_u64(), Some(12));
+        assert_eq!(get("neg").as_u64(), None);
+        assert_eq!(get("big").as_u64(), None);
+        assert_eq!(get("f").as_f64(), Some(150.0));
+        assert_eq!(get("b").as_bool(), Some(true));
+        assert!(get("z").is_null() && get("z").is_blank() && get("w").is_blank() && !get("e").is_blank());
+        let list = get("o").get("k").unwrap();
+        assert_eq!(&body[list.span()], list.raw());
+        let kinds: Vec<_> = list.elements().map(|element| element.kind()).collect();
+        assert_eq!(kinds, [Kind::Number, Kind::Array, Kind::Object]);
+        assert_eq!(list.elements().nth(1).map(|element| &body[element.span()]), Some(&b"[2]"[..]));
+        assert_eq!(get("n").members().count() + get("n").elements().count(), 0);
+    }
+
+    #[test]
+    fn a_scan_stops_when_told_and_reports_names_twice() {
+        let mut names = Vec::new();
+        let result = scan_top_level(br#"{"a":1,"\u0061":2,"b":oops"#, |name, value| {
+            names.push((name.to_vec(), value.as_u64()));
+            if names.len() == 2 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        });
+        assert_eq!(result, Ok(()));
+        assert_eq!(names, [(b"a".to_vec(), Some(1)), (b"a".to_vec(), Some(2))]);
+    }
+
+    #[test]
+    fn requests_may_hold_what_engines_take_beyond_json() {
+        let mut kinds = Vec::new();
+        let body = br#"{"temperature": NaN, "x":-Infinity ,"y":[NaN]}"#;
+        scan_top_level(body, |_, value| {
+            kinds.push(value.kind());
+            ControlFlow::Continue(())
+        })
+        .unwrap();
+        assert_eq!(kinds, [Kind::Number, Kind::Number, Kind::Array]);
+        assert!(validate(body).is_err());
+    }
+
+    #[test]
+    fn a_splice_touches_nothing_else() {
+        let body = Bytes::from_static(br#"{ "model" : "old", "x":1}"#);
+        let mut span = 0..0;
+        scan_top_level(&body, |name, value| {
+            if name == b"model" {
+                span = value.span();
+            }
+            ControlFlow::Continue(())
+        })
+        .unwrap();
+        let mut name = Vec::new();
+        write_string(&mut name, "new \"one\"");
+        let pieces = splice(&body, span, name.into());
+        assert_eq!(pieces.concat(), br#"{ "model" : "new \"one\"", "x":1}"#);
+        assert_eq!(pieces[0].as_ptr(), body.as_ptr());
+    }
+
+    /// Faults of `serde_json` that the grammar does not have.
+    fn is_documented_difference(fault: &serde_json::Error) -> bool {
+        let text = fault.to_string();
+        ["number out of range", "lone leading surrogate", "unexpected end of hex escape", "recursion limit"]
+            .iter()
+            .any(|known| text.contains(known))
+    }
+
+    fn assert_like_serde(text: &[u8]) {
+        let theirs = serde_json::from_slice::<Tree>(text);
+        let name = String::from_utf8_lossy(text);
+        match (validate(text), &theirs) {
+            (Ok(()), Ok(tree)) => {
+                assert_eq!(&tree_of(skim_value(text, 0).unwrap()), tree, "{name}");
+                let mut walker = Reader::new(text).unwrap();
+                assert_eq!(&walk(&mut walker).unwrap(), tree, "{name}");
+            }
+            (Err(_), Err(_)) => {}
+            (Ok(()), Err(fault)) => assert!(is_documented_difference(fault), "{name}: {fault}"),
+            (Err(fault), Ok(_)) => panic!("{name}: {fault}"),
+        }
+    }
+
+    /// By spans.
+    fn tree_of(value: Value<'_>) -> Tree {
+        match value.kind() {
+            Kind::Object => {
+                let member = |(name, value): (Cow<'_, [u8]>, _)| {
+                    (String::from_utf8(name.to_vec()).unwrap(), tree_of(value))
+                };
+                Tree::Object(value.members().map(member).collect())
+            }
+            Kind::Array => Tree::Array(value.elements().map(tree_of).collect()),
+            Kind::String => Tree::String(value.as_str().unwrap().into_owned()),
+            Kind::Number => serde_json::from_slice(value.raw()).unwrap(),
+            Kind::Bool => Tree::Bool(value.as_bool().unwrap()),
+            Kind::Null => Tree::Null,
+        }
+    }
+
+    /// By the validating walk.
+    fn walk(reader: &mut Reader<'_>) -> Result<Tree, JsonError> {
+        match reader.peek()? {
+            Kind::Object => {
+                let mut members = serde_json::Map::new();
+                reader.object(|reader, name| {
+                    members.insert(String::from_utf8(name.to_vec()).unwrap(), walk(reader)?);
+                    Ok(())
+                })?;
+                Ok(Tree::Object(members))
+            }
+            Kind::Array => {
+                let mut elements = Vec::new();
+                reader.array(|reader| {
+                    elements.push(walk(reader)?);
+                    Ok(())
+                })?;
+                Ok(Tree::Array(elements))
+            }
+            _ => reader.skip().map(tree_of),
+        }
+    }
+
+    /// JSON with free white space and escapes, which `serde_json` would not write.
+    fn json_text() -> impl Strategy<Value = String> {
+        let space = || prop::sample::select(vec!["", "", "", " ", "\n", "\t \r"]);
+        let string = || {
+            let piece = prop_oneof![
+                3 => "[a-z ]{0,12}",
+                1 => "[^\"\\\\\\x00-\\x1F]{0,40}",
+                1 => prop::sample::select(vec!["\\n", "\\\"", "\\\\", "\\/", "\\u0041", "\\ud83d\\ude00", "\\uD800"])
+                    .prop_map(str::to_owned),
+            ];
+            prop::collection::vec(piece, 0..4).prop_map(|pieces| format!("\"{}\"", pieces.concat()))
+        };
+        let leaf = prop_oneof![
+            string(),
+            "-?(0|[1-9][0-9]{0,17})(\\.[0-9]{1,5})?([eE][+-]?[0-9]{1,2})?",
+            prop::sample::select(vec!["true", "false", "null"]).prop_map(str::to_owned),
+        ];
+        leaf.prop_recursive(5, 60, 6, move |inner| {
+            let element = (space(), inner.clone(), space()).prop_map(|(a, b, c)| format!("{a}{b}{c}"));
+            let member = (space(), string(), space(), element.clone())
+                .prop_map(|(a, name, b, value)| format!("{a}{name}{b}:{value}"));
+            prop_oneof![
+                prop::collection::vec(element, 0..6).prop_map(|list| format!("[{}]", list.join(","))),
+                prop::collection::vec(member, 0..6).prop_map(|list| format!("{{{}}}", list.join(","))),
+                space().prop_map(|space| format!("[{space}]")),
+                space().prop_map(|space| format!("{{{space}}}")),
+            ]
+        })
+    }
+
+    fn tokens() -> impl Strategy<Value = Vec<u8>> {
+        let token = prop::sample::select(vec![
+            "{", "}", "[", "]", ",", ":", "\"", "\"a\"", "\\", "\\u", "0", "1", "-", ".", "e", "+", "true",
+            "null", "NaN", " ", "\n", "\u{e9}", "\u{1}",
+        ]);
+        let token = prop_oneof![
+            8 => token.prop_map(|text| text.as_bytes().to_vec()),
+            1 => prop::collection::vec(any::<u8>(), 1..3),
+        ];
+        prop::collection::vec(token, 0..14).prop_map(|tokens| tokens.concat())
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(1500))]
+
+        #[test]
+        fn valid_json_reads_like_serde(text in json_text()) {
+            assert_like_serde(text.as_bytes());
+        }
+
+        #[test]
+        fn arbitrary_tokens_are_judged_like_serde(text in tokens()) {
+            assert_like_serde(&text);
+        }
+
+        #[test]
+        fn damaged_json_is_judged_like_serde(
+            text in json_text(),
+            damages in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>(), 0..3_u8), 1..4),
+        ) {
+            let mut text = text.into_bytes();
+            for (place, byte, way) in damages {
+                if text.is_empty() {
+                    break;
+                }
+                let place = place.index(text.len());
+                match way {
+                    0 => text[place] = byte,
+                    1 => text.truncate(place),
+                    _ => text.insert(place, byte),
+                }
+            }
+            assert_like_serde(&text);
+        }
+
+        #[test]
+        fn a_scan_finds_what_a_walk_finds(text in json_text(), damage in any::<(prop::sample::Index, u8)>()) {
+            let mut text = text.into_bytes();
+            let mut scanned = Vec::new();
+            let result = scan_top_level(&text, |name, value| {
+                scanned.push((name.to_vec(), value.span(), value.kind()));
+                ControlFlow::Continue(())
+            });
+            let mut walked = Vec::new();
+            let mut reader = Reader::new(&text).unwrap();
+            let other = reader.object(|reader, name| {
+                let value = reader.skip()?;
+                walked.push((name.to_vec(), value.span(), value.kind()));
+                Ok(())
+            });
+            match other.unwrap() {
+                Some(_) => prop_assert_eq!(result.unwrap_err().kind, JsonErrorKind::NotAnObject),
+                None => prop_assert_eq!(result, Ok(())),
+            }
+            prop_assert_eq!(scanned, walked);
+            // Damaged bodies: no panic, spans within the body.
+            let place = damage.0.index(text.len());
+            text[place] = damage.1;
+            let len = text.len();
+            let _ = scan_top_level(&text, |_, value| {
+                assert!(value.span().end <= len);
+                for (_, member) in value.members() {
+                    assert!(member.span().end <= len);
+                }
+                let _ = (value.elements().count(), value.as_str(), value.as_u64(), value.as_f64());
+                ControlFlow::Continue(())
+            });
+        }
+
+        #[test]
+        fn strings_are_written_as_serde_reads_them(text in any::<String>()) {
+            let mut out = Vec::new();
+            write_string(&mut out, &text);
+            prop_assert_eq!(serde_json::from_slice::<String>(&out).unwrap(), text);
+        }
+    }
+
+    /// Prints what reading costs: `cargo test --release --lib cost_of -- --ignored --nocapture`.
+    #[test]
+    #[ignore = "prints timings, proves nothing"]
+    #[allow(clippy::disallowed_methods, reason = "a stopwatch in a test")]
+    fn cost_of_reading() {
+        let chunk = br#"{"id":"chatcmpl-7c9f2c0e5c1f4d2fb0e5","object":"chat.completion.chunk","created":1763890000,"model":"meta-llama/Llama-3.1-8B-Instruct","choices":[{"index":0,"delta":{"content":" token"},"logprobs":null,"finish_reason":null}]}"#.to_vec();
+        let prompt = "The quick brown fox\\njumps over the lazy dog. ".repeat(25_000);
+        let chat =
+            format!(r#"{{"messages":[{{"role":"user","content":"{prompt}"}}],"model":"m"}}"#).into_bytes();
+        let ids = format!(r#"{{"prompt":[{}],"model":"m"}}"#, vec!["128000"; 150_000].join(",")).into_bytes();
+        for (name, text, rounds) in
+            [("event", chunk, 200_000), ("chat 1 MB", chat, 50), ("ids 1 MB", ids, 50)]
+        {
+            for (how, validating) in [("validate", true), ("scan", false)] {
+                let begin = std::time::Instant::now();
+                for _ in 0..rounds {
+                    let text = std::hint::black_box(&text[..]);
+                    if validating {
+                        validate(text).unwrap();
+                    } else {
+                        scan_top_level(text, |_, _| ControlFlow::Continue(())).unwrap();
+                    }
+                }
+                let nanos = begin.elapsed().as_nanos() as f64 / f64::from(rounds);
+                println!("{name:10} {how:9} {nanos:10.0} ns  {:6.3} ns/byte", nanos / text.len() as f64);
+            }
+        }
+    }
+}

@@ -452,3 +452,312 @@ pub(super) fn clear(bytes: &mut Vec<u8>) {
         bytes.clear();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sse::{write_comment, write_event};
+    use proptest::prelude::*;
+
+    #[derive(Clone, Debug, Default, PartialEq, Eq)]
+    struct Seen {
+        name: Option<Vec<u8>>,
+        data: Vec<u8>,
+        has_data: bool,
+        error: Option<Vec<u8>>,
+        /// Without an LF that follows a final CR: whether it is at hand depends on the split.
+        raw: Vec<u8>,
+    }
+
+    impl Seen {
+        fn of(event: Event<'_>) -> Self {
+            let raw = match event.raw {
+                [most @ .., b'\r', b'\n'] => [most, b"\r"].concat(),
+                raw => raw.to_vec(),
+            };
+            Self {
+                name: event.name.map(<[u8]>::to_vec),
+                data: event.data.to_vec(),
+                has_data: event.has_data,
+                error: event.error_field.map(<[u8]>::to_vec),
+                raw,
+            }
+        }
+    }
+
+    /// The standard, read aloud, over the whole input at once.
+    fn reference(input: &[u8]) -> Vec<Seen> {
+        let mut lines: Vec<(&[u8], usize)> = Vec::new();
+        let (mut start, mut at) = (0, 0);
+        while at < input.len() {
+            let len = match &input[at..] {
+                [b'\r', b'\n', ..] => 2,
+                [b'\r' | b'\n', ..] => 1,
+                _ => {
+                    at += 1;
+                    continue;
+                }
+            };
+            lines.push((&input[start..at], at + 1));
+            at += len;
+            start = at;
+        }
+        if let Some(first) = lines.first_mut() {
+            first.0 = first.0.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(first.0);
+        }
+        let mut events = Vec::new();
+        let mut event = Seen::default();
+        let (mut in_block, mut block_start) = (false, 0);
+        for (line, end) in lines {
+            if line.is_empty() {
+                event.raw = input[block_start..end].to_vec();
+                let event = mem::take(&mut event);
+                if mem::take(&mut in_block) {
+                    events.push(event);
+                }
+                block_start = end + usize::from(input[end - 1] == b'\r' && input.get(end) == Some(&b'\n'));
+                continue;
+            }
+            in_block = true;
+            let colon = line.iter().position(|&byte| byte == b':');
+            let (name, value) = match colon {
+                Some(colon) => (&line[..colon], &line[colon + 1..]),
+                None => (line, &line[line.len()..]),
+            };
+            let value = value.strip_prefix(b" ").unwrap_or(value);
+            match name {
+                b"data" => {
+                    if mem::replace(&mut event.has_data, true) {
+                        event.data.push(b'\n');
+                    }
+                    event.data.extend_from_slice(value);
+                }
+                b"event" => event.name = Some(value.to_vec()).filter(|name| !name.is_empty()),
+                b"error" => event.error = Some(value.to_vec()),
+                _ => {}
+            }
+        }
+        events
+    }
+
+    /// What came of feeding `input` in chunks that end at `cuts`.
+    struct Fed {
+        events: Vec<Seen>,
+        forwarded: Vec<u8>,
+        too_large: bool,
+    }
+
+    fn feed(input: &[u8], cuts: &[usize], bytes_max: usize) -> Fed {
+        let mut decoder = Decoder::new(bytes_max);
+        let mut fed = Fed { events: Vec::new(), forwarded: Vec::new(), too_large: false };
+        let mut at = 0;
+        for cut in cuts.iter().copied().chain([input.len()]) {
+            let chunk = &input[at..cut.clamp(at, input.len())];
+            at += chunk.len();
+            let mut last_end = 0;
+            let result = decoder.feed(chunk, |event| {
+                assert!(last_end <= event.start && event.start <= event.end && event.end <= chunk.len());
+                last_end = event.end;
+                if event.is_carried() {
+                    assert!(event.raw.ends_with(&chunk[event.start..event.end]));
+                } else {
+                    assert_eq!(event.raw, &chunk[event.start..event.end]);
+                }
+                fed.events.push(Seen::of(event));
+                ControlFlow::Continue(())
+            });
+            fed.forwarded.extend_from_slice(decoder.carried());
+            match result {
+                Ok(whole) => fed.forwarded.extend_from_slice(&chunk[..whole]),
+                Err(fault) => {
+                    assert!(fault.completed <= chunk.len());
+                    // Falling back to passing through loses nothing.
+                    fed.forwarded.extend_from_slice(decoder.pending());
+                    fed.forwarded.extend_from_slice(chunk);
+                    assert_eq!(fed.forwarded, &input[..at]);
+                    fed.too_large = true;
+                    return fed;
+                }
+            }
+            assert_eq!([&fed.forwarded[..], decoder.pending()].concat(), &input[..at]);
+        }
+        fed
+    }
+
+    fn assert_like_reference(input: &[u8], cuts: &[usize]) {
+        let fed = feed(input, cuts, usize::MAX);
+        assert_eq!(fed.events, reference(input), "{:?} cut at {cuts:?}", String::from_utf8_lossy(input));
+    }
+
+    const SHAPES: &[&str] = &[
+        "data: {\"a\":1}\n\ndata: [DONE]\n\n",
+        "data: x\r\n\r\ndata: y\r\n\r\n",
+        "data: x\r\rdata: y\r\r",
+        "data:x\n\n",
+        "data:  two spaces\n\n",
+        "data\n\n",
+        "data:\n\n",
+        "data: {\"trt\":1} \n\n",
+        ": ping\n\ndata: x\n\n",
+        ":\n\n",
+        "event: a\ndata: 1\ndata: 2\r\ndata:3\rdata\n\n",
+        "event:\nid: 7\nretry: 9\ndata: x\n\n\n\n\n",
+        "error: {\"code\":500}\n\ndata: [DONE]\n\n",
+        "\u{feff}data: bom\n\n\u{feff}data: not a field\n\n",
+        "\u{feff}\n\ndata: x\n\n",
+        "\n\r\n\rdata: x\n\r\ndata: y\r\n\r",
+        "data: x\n\r\n",
+        "datax: no\ndata : no\n data: no\n\n",
+        "data: cut",
+        "data: cut\r",
+        "data: \u{1f600}\n\n",
+    ];
+
+    #[test]
+    fn shapes_on_the_wire_read_like_the_standard_says_at_every_cut() {
+        for shape in SHAPES {
+            let input = shape.as_bytes();
+            assert_like_reference(input, &[]);
+            assert_like_reference(input, &(1..input.len()).collect::<Vec<_>>());
+            for first in 0..=input.len() {
+                for second in first..=input.len() {
+                    assert_like_reference(input, &[first, second]);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn fields_mean_what_the_standard_says() {
+        let fed = feed(SHAPES[10].as_bytes(), &[], usize::MAX);
+        assert_eq!(fed.events.len(), 1);
+        assert_eq!(fed.events[0].name.as_deref(), Some(&b"a"[..]));
+        assert_eq!(fed.events[0].data, b"1\n2\n3\n");
+        let fed = feed(SHAPES[12].as_bytes(), &[], usize::MAX);
+        assert_eq!(fed.events[0].error.as_deref(), Some(&b"{\"code\":500}"[..]));
+        assert!(!fed.events[0].has_data);
+        assert_eq!(fed.events[1].data, b"[DONE]");
+    }
+
+    #[test]
+    fn the_lf_of_a_cut_crlf_belongs_to_the_event_it_ends() {
+        let mut decoder = Decoder::new(100);
+        let mut count = 0;
+        let mut on_event = |event: Event<'_>| {
+            count += 1;
+            assert_eq!(event.data, b"x");
+            ControlFlow::Continue(())
+        };
+        // Not delayed for the LF.
+        assert_eq!(decoder.feed(b"data: x\r\n\r", &mut on_event), Ok(10));
+        assert_eq!(decoder.feed(b"\n", &mut on_event), Ok(1));
+        assert_eq!(decoder.pending(), b"");
+        assert_eq!(decoder.feed(b"data: x\r\n\r", &mut on_event), Ok(10));
+        let chunk = b"\ndata: x\n\n";
+        let start = decoder.feed(chunk, |event| {
+            assert_eq!((event.start, event.end), (1, chunk.len()));
+            on_event(event)
+        });
+        assert_eq!(start, Ok(chunk.len()));
+        assert_eq!(count, 3);
+    }
+
+    #[test]
+    fn breaking_stops_behind_the_event_and_the_rest_can_be_fed_again() {
+        let mut decoder = Decoder::new(100);
+        assert_eq!(decoder.feed(b"data: 1", |_| ControlFlow::Break(())), Ok(0));
+        let chunk = b"\n\ndata: 2\n\ndata: 3\n\nda";
+        let mut rest = &chunk[..];
+        let mut data = Vec::new();
+        for _ in 0..4 {
+            let whole = decoder.feed(rest, |event| {
+                data.push(event.data.to_vec());
+                ControlFlow::Break(())
+            });
+            rest = &rest[whole.unwrap()..];
+        }
+        assert_eq!(data, [b"1", b"2", b"3"]);
+        assert_eq!((rest, decoder.pending()), (&b"da"[..], &b"da"[..]));
+    }
+
+    #[test]
+    fn the_end_of_a_stream_may_complete_its_last_block() {
+        let mut decoder = Decoder::new(100);
+        assert!(decoder.finish().is_none());
+        for tail in [&b"data: a\ndata: [DONE]"[..], b"data: a\ndata: [DONE]\n", b"data: a\rdata: [DONE]\r"] {
+            assert_eq!(decoder.feed(tail, |_| ControlFlow::Continue(())), Ok(0));
+            assert_eq!(decoder.finish().unwrap().data, b"a\n[DONE]");
+            assert!(decoder.finish().is_none());
+        }
+    }
+
+    #[test]
+    fn a_giant_event_does_not_pin_its_memory() {
+        let mut decoder = Decoder::new(1 << 20);
+        let giant = vec![b'x'; 1 << 19];
+        let mut ignore = |_: Event<'_>| ControlFlow::Continue(());
+        for _ in 0..2 {
+            assert_eq!(decoder.feed(b"data: ", &mut ignore), Ok(0));
+            assert_eq!(decoder.feed(&giant, &mut ignore), Ok(0));
+            assert_eq!(decoder.feed(b"\n\n", &mut ignore), Ok(2));
+            assert_eq!(decoder.feed(b"data: y\n\nd", &mut ignore), Ok(9));
+            assert_eq!(decoder.feed(b"ata: y\n\n", &mut ignore), Ok(8));
+        }
+        let kept = decoder.pending.capacity() + decoder.carried.capacity() + decoder.joined.capacity();
+        assert!(kept <= 3 * KEPT_CAPACITY_MAX, "{kept}");
+    }
+
+    fn pieces() -> impl Strategy<Value = Vec<u8>> {
+        let piece = prop_oneof![
+            3 => prop::sample::select(vec![
+                "data:", "data: ", "data", "event: ", "event:", "error: ", "id: 1", ":", ": c", " ", "x",
+                "{\"a\":1}", "\u{feff}", "\u{e9}",
+            ]).prop_map(|text| text.as_bytes().to_vec()),
+            3 => prop::sample::select(vec!["\n", "\r", "\r\n", "\n\n", "\r\n\r\n"])
+                .prop_map(|text| text.as_bytes().to_vec()),
+            1 => prop::collection::vec(any::<u8>(), 0..4),
+        ];
+        prop::collection::vec(piece, 0..40).prop_map(|pieces| pieces.concat())
+    }
+
+    proptest! {
+        #[test]
+        fn any_split_reads_like_the_standard(
+            input in pieces(), mut cuts in prop::collection::vec(0..160_usize, 0..12),
+        ) {
+            cuts.sort_unstable();
+            assert_like_reference(&input, &cuts);
+            assert_like_reference(&input, &[]);
+        }
+
+        #[test]
+        fn the_bound_does_not_depend_on_the_split(
+            input in pieces(), mut cuts in prop::collection::vec(0..160_usize, 0..12), bytes_max in 0..40_usize,
+        ) {
+            cuts.sort_unstable();
+            let whole = feed(&input, &[], bytes_max);
+            let split = feed(&input, &cuts, bytes_max);
+            let single = feed(&input, &(1..input.len()).collect::<Vec<_>>(), bytes_max);
+            for other in [split, single] {
+                prop_assert_eq!(&whole.events, &other.events);
+                prop_assert_eq!(whole.too_large, other.too_large);
+            }
+            prop_assert!(whole.events.iter().all(|event| event.raw.len() <= bytes_max));
+        }
+
+        #[test]
+        fn what_is_written_is_read(
+            name in prop::option::of("[a-z_.]{1,12}"), data in "[ -~\n\r\u{e9}]{0,60}", comment in ".{0,20}",
+        ) {
+            let mut wire = Vec::new();
+            write_comment(&mut wire, &comment);
+            write_event(&mut wire, name.as_deref(), data.as_bytes());
+            let fed = feed(&wire, &[], usize::MAX);
+            prop_assert_eq!(fed.events.len(), 2);
+            prop_assert!(!fed.events[0].has_data);
+            let lines = data.replace("\r\n", "\n").replace('\r', "\n");
+            prop_assert_eq!(&fed.events[1].data, lines.as_bytes());
+            prop_assert_eq!(fed.events[1].name.as_deref(), name.as_deref().map(str::as_bytes));
+        }
+    }
+}

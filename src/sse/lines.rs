@@ -107,3 +107,68 @@ fn line_of(raw: &[u8], start: usize, end: usize) -> Event<'_> {
     let data = data.strip_suffix(b"\r").unwrap_or(data);
     Event { name: None, data, has_data: true, error_field: None, raw, start, end }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn feed(input: &[u8], cuts: &[usize], bytes_max: usize) -> (Vec<Vec<u8>>, bool) {
+        let mut lines = Lines::new(bytes_max);
+        let mut seen = Vec::new();
+        let mut forwarded = Vec::new();
+        let mut at = 0;
+        for cut in cuts.iter().copied().chain([input.len()]) {
+            let chunk = &input[at..cut.clamp(at, input.len())];
+            at += chunk.len();
+            let result = lines.feed(chunk, |line| {
+                assert!(line.raw.ends_with(&chunk[line.start..line.end]));
+                assert_eq!(line.is_carried(), line.raw.len() > line.end - line.start);
+                seen.push(line.data.to_vec());
+                ControlFlow::Continue(())
+            });
+            forwarded.extend_from_slice(lines.carried());
+            match result {
+                Ok(whole) => forwarded.extend_from_slice(&chunk[..whole]),
+                Err(_) => {
+                    forwarded.extend_from_slice(lines.pending());
+                    forwarded.extend_from_slice(chunk);
+                    assert_eq!(forwarded, &input[..at]);
+                    return (seen, true);
+                }
+            }
+            assert_eq!([&forwarded[..], lines.pending()].concat(), &input[..at]);
+        }
+        (seen, false)
+    }
+
+    #[test]
+    fn lines_end_in_lf_or_crlf_and_the_last_needs_none() {
+        let (seen, _) = feed(b"{\"a\":1}\n\r\n{\"b\":\r2}\r\n\n{\"c\"", &[], 100);
+        assert_eq!(seen, [&b"{\"a\":1}"[..], b"{\"b\":\r2}"]);
+        let mut lines = Lines::new(100);
+        assert_eq!(lines.feed(b"{}\n{\"done\":true}", |_| ControlFlow::Continue(())), Ok(3));
+        assert_eq!(lines.finish().unwrap().data, b"{\"done\":true}");
+        assert!(lines.finish().is_none());
+    }
+
+    proptest! {
+        #[test]
+        fn any_split_gives_the_same_lines(
+            input in "[a\n\r]{0,60}", mut cuts in prop::collection::vec(0..60_usize, 0..8), bytes_max in 0..30_usize,
+        ) {
+            cuts.sort_unstable();
+            let input = input.as_bytes();
+            for bytes_max in [bytes_max, usize::MAX] {
+                prop_assert_eq!(feed(input, &cuts, bytes_max), feed(input, &[], bytes_max));
+            }
+            let whole = &input[..input.iter().rposition(|&byte| byte == b'\n').map_or(0, |at| at + 1)];
+            let expected: Vec<Vec<u8>> = whole
+                .split(|&byte| byte == b'\n')
+                .map(|line| line.strip_suffix(b"\r").unwrap_or(line).to_vec())
+                .filter(|line| !line.is_empty())
+                .collect();
+            prop_assert_eq!(feed(input, &cuts, usize::MAX).0, expected);
+        }
+    }
+}

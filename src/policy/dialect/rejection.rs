@@ -66,8 +66,7 @@ pub fn error_event(dialect: Dialect, endpoint: Endpoint, rejection: &Rejection<'
             event.push(b'\n');
         }
         Dialect::OpenAi if endpoint == Endpoint::Responses => {
-            let json = response_failed(rejection, sequence);
-            write_event(&mut event, Some("response.failed"), &json);
+            write_event(&mut event, Some("response.failed"), &response_failed(rejection, sequence));
         }
         Dialect::Anthropic => write_event(&mut event, Some("error"), &error_json(dialect, rejection)),
         Dialect::OpenAi | Dialect::Kserve | Dialect::LlamaCpp | Dialect::Tgi => {
@@ -78,52 +77,49 @@ pub fn error_event(dialect: Dialect, endpoint: Endpoint, rejection: &Rejection<'
 }
 
 fn error_json(dialect: Dialect, rejection: &Rejection<'_>) -> Vec<u8> {
-    let mut json = Json::new();
+    let mut json = Object::new();
     match dialect {
         Dialect::Anthropic => {
-            json.open("{").string("type", "error");
-            json.open(",\"error\":{").string("type", anthropic_type(rejection.status));
-            json.string("message", &rejection.message).string("code", rejection.code);
-            json.close().string("request_id", rejection.request_id);
+            json.string("type", "error").begin("error");
+            json.string("type", anthropic_type(rejection.status));
+            json.string("message", &rejection.message).string("code", rejection.code).end();
+            json.string("request_id", rejection.request_id);
         }
         Dialect::Kserve | Dialect::Ollama => {
-            json.open("{").string("error", &rejection.message);
+            json.string("error", &rejection.message);
         }
         Dialect::Tgi => {
-            json.open("{").string("error", &rejection.message);
-            json.string("error_type", tgi_type(rejection.status)).string("code", rejection.code);
+            json.string("error", &rejection.message).string("error_type", tgi_type(rejection.status));
+            json.string("code", rejection.code);
         }
         Dialect::LlamaCpp => {
-            json.open("{").open("\"error\":{").number("code", rejection.status.as_u16().into());
+            json.begin("error").number("code", rejection.status.as_u16().into());
             json.string("message", &rejection.message).string("type", openai_type(rejection.status));
-            json.string("reason", rejection.code).string("request_id", rejection.request_id);
-            json.close();
+            json.string("reason", rejection.code).string("request_id", rejection.request_id).end();
         }
         Dialect::OpenAi | Dialect::Grpc | Dialect::Plain => {
-            json.open("{").open("\"error\":{").string("message", &rejection.message);
+            json.begin("error").string("message", &rejection.message);
             json.string("type", openai_type(rejection.status));
             match rejection.param {
                 Some(param) => json.string("param", param),
                 None => json.null("param"),
             };
             json.string("code", rejection.code).string("request_id", rejection.request_id);
-            json.number("attempts", rejection.attempts.into()).close();
+            json.number("attempts", rejection.attempts.into()).end();
         }
     }
-    json.close();
-    json.out
+    json.finish()
 }
 
 /// The id of the response is not known here, and the client needs none to see that it failed.
 fn response_failed(rejection: &Rejection<'_>, sequence: u64) -> Vec<u8> {
-    let mut json = Json::new();
-    json.open("{").string("type", "response.failed").number("sequence_number", sequence);
-    json.open(",\"response\":{").string("id", &format!("resp_{}", rejection.request_id));
+    let mut json = Object::new();
+    json.string("type", "response.failed").number("sequence_number", sequence);
+    json.begin("response").string("id", &format!("resp_{}", rejection.request_id));
     json.string("object", "response").string("status", "failed");
-    json.open(",\"error\":{").string("code", rejection.code).string("message", &rejection.message).close();
-    json.open(",\"output\":[").close_with(b']').null("incomplete_details");
-    json.close().close();
-    json.out
+    json.begin("error").string("code", rejection.code).string("message", &rejection.message).end();
+    json.null("incomplete_details").end();
+    json.finish()
 }
 
 fn openai_type(status: StatusCode) -> &'static str {
@@ -158,32 +154,36 @@ fn tgi_type(status: StatusCode) -> &'static str {
     }
 }
 
-/// A JSON object being written; commas are put where they belong.
-struct Json {
+/// A JSON object being written, with others inside it; commas are put where they belong.
+struct Object {
     out: Vec<u8>,
 }
 
-impl Json {
+impl Object {
     fn new() -> Self {
-        Self { out: Vec::with_capacity(192) }
+        let mut out = Vec::with_capacity(192);
+        out.push(b'{');
+        Self { out }
     }
 
-    fn open(&mut self, text: &str) -> &mut Self {
-        self.out.extend_from_slice(text.as_bytes());
+    fn finish(mut self) -> Vec<u8> {
+        self.end();
+        self.out
+    }
+
+    fn begin(&mut self, name: &str) -> &mut Self {
+        self.name(name);
+        self.out.push(b'{');
         self
     }
 
-    fn close(&mut self) -> &mut Self {
-        self.close_with(b'}')
-    }
-
-    fn close_with(&mut self, bracket: u8) -> &mut Self {
-        self.out.push(bracket);
+    fn end(&mut self) -> &mut Self {
+        self.out.push(b'}');
         self
     }
 
     fn name(&mut self, name: &str) {
-        if !matches!(self.out.last(), Some(b'{')) {
+        if !self.out.ends_with(b"{") {
             self.out.push(b',');
         }
         write_string(&mut self.out, name);
@@ -206,5 +206,124 @@ impl Json {
         self.name(name);
         self.out.extend_from_slice(b"null");
         self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::dialect::{ErrorClass, classify_error_body, read_event};
+    use crate::sse::{Decoder, Lines};
+    use serde_json::{Value, json};
+    use std::ops::ControlFlow;
+
+    const DIALECTS: [(Dialect, Endpoint); 7] = [
+        (Dialect::OpenAi, Endpoint::ChatCompletions),
+        (Dialect::OpenAi, Endpoint::Responses),
+        (Dialect::Anthropic, Endpoint::AnthropicMessages),
+        (Dialect::Kserve, Endpoint::KserveGenerateStream),
+        (Dialect::Ollama, Endpoint::OllamaChat),
+        (Dialect::LlamaCpp, Endpoint::LlamaCompletion),
+        (Dialect::Tgi, Endpoint::GenerateStream),
+    ];
+
+    fn lost(message: &str) -> Rejection<'_> {
+        Rejection {
+            status: StatusCode::BAD_GATEWAY,
+            code: "replica_lost",
+            message: message.into(),
+            request_id: "req-1",
+            attempts: 2,
+            param: None,
+            retry_after: None,
+        }
+    }
+
+    #[test]
+    fn every_dialect_has_its_own_shape() {
+        let body = |dialect| {
+            let (kind, body) = error_body(dialect, &lost("gone"));
+            assert_eq!(kind, "application/json");
+            serde_json::from_slice::<Value>(&body).unwrap()
+        };
+        assert_eq!(
+            body(Dialect::OpenAi),
+            json!({"error": {"message": "gone", "type": "server_error", "param": null,
+                "code": "replica_lost", "request_id": "req-1", "attempts": 2}})
+        );
+        assert_eq!(
+            body(Dialect::Anthropic),
+            json!({"type": "error", "error": {"type": "api_error", "message": "gone",
+                "code": "replica_lost"}, "request_id": "req-1"})
+        );
+        assert_eq!(body(Dialect::Kserve), json!({"error": "gone"}));
+        assert_eq!(body(Dialect::Ollama), json!({"error": "gone"}));
+        assert_eq!(body(Dialect::LlamaCpp)["error"]["code"], json!(502));
+        assert_eq!(body(Dialect::Tgi)["error_type"], json!("incomplete_generation"));
+        assert_eq!(error_body(Dialect::Plain, &lost("gone")).1, b"replica_lost: gone\n");
+        assert!(error_body(Dialect::Grpc, &lost("gone")).1.is_empty());
+    }
+
+    #[test]
+    fn messages_cannot_break_out_of_their_dialect() {
+        let message = "a \"quote\"\\, a\r\nline, a \u{1}, an \u{e9} and data: [DONE]\n\n";
+        for (dialect, endpoint) in DIALECTS {
+            let (_, body) = error_body(dialect, &lost(message));
+            let text = serde_json::from_slice::<Value>(&body).unwrap();
+            let error = &text["error"];
+            assert_eq!(error.get("message").unwrap_or(error), message, "{dialect:?}");
+
+            let event = error_event(dialect, endpoint, &lost(message), 7);
+            let mut events = 0;
+            let check = |read: crate::sse::Event<'_>| {
+                events += 1;
+                let facts = read_event(endpoint, &read).unwrap();
+                assert_eq!(facts.error, Some(ErrorClass::ServerFault), "{dialect:?}");
+                assert!(!facts.done && facts.finish.is_none(), "{dialect:?}");
+                ControlFlow::Continue(())
+            };
+            let whole = if dialect == Dialect::Ollama {
+                Lines::new(4096).feed(&event, check)
+            } else {
+                Decoder::new(4096).feed(&event, check)
+            };
+            assert_eq!(whole, Ok(event.len()), "{dialect:?}");
+            assert_eq!(events, 1, "{dialect:?}");
+        }
+    }
+
+    #[test]
+    fn the_openai_event_is_as_documented() {
+        let event = error_event(Dialect::OpenAi, Endpoint::ChatCompletions, &lost("gone"), 0);
+        let text = std::str::from_utf8(&event).unwrap();
+        assert!(text.starts_with(
+            r#"data: {"error":{"message":"gone","type":"server_error","param":null,"code":"replica_lost""#
+        ));
+        assert!(text.ends_with("}}\n\n"));
+    }
+
+    #[test]
+    fn a_failed_response_keeps_the_sequence() {
+        let event = error_event(Dialect::OpenAi, Endpoint::Responses, &lost("gone"), 41);
+        let text = std::str::from_utf8(&event).unwrap();
+        let json = text.strip_prefix("event: response.failed\ndata: ").unwrap();
+        let json: Value = serde_json::from_str(json).unwrap();
+        assert_eq!(json["sequence_number"], 41);
+        assert_eq!(json["response"]["status"], "failed");
+        assert_eq!(json["response"]["error"]["code"], "replica_lost");
+    }
+
+    #[test]
+    fn what_we_reject_for_overload_reads_as_overload() {
+        for dialect in [Dialect::OpenAi, Dialect::Anthropic, Dialect::Tgi, Dialect::LlamaCpp] {
+            let mut busy = lost("busy");
+            busy.status = if dialect == Dialect::Anthropic {
+                StatusCode::SERVICE_UNAVAILABLE
+            } else {
+                StatusCode::TOO_MANY_REQUESTS
+            };
+            let (_, body) = error_body(dialect, &busy);
+            assert_eq!(classify_error_body(&body), ErrorClass::Overloaded, "{dialect:?}");
+        }
     }
 }
