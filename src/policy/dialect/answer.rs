@@ -235,3 +235,111 @@ fn mostly_not_finite(base64: &str) -> bool {
     }
     bad > floats / 2
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::json::JsonErrorKind;
+
+    fn check(endpoint: Endpoint, body: &str) -> Result<(), BadAnswer> {
+        check_answer(endpoint, StatusCode::OK, body.as_bytes())
+    }
+
+    #[test]
+    fn whole_answers_pass() {
+        for (endpoint, body) in [
+            (
+                Endpoint::ChatCompletions,
+                r#"{"id":"c","choices":[{"index":0,"message":{"role":"assistant","content":"Hi"},"finish_reason":"stop"}],"usage":{},"error":null}"#,
+            ),
+            (Endpoint::Completions, r#"{"choices":[{"index":0,"text":"","finish_reason":"length"}]}"#),
+            (Endpoint::Completions, r#"{"content":"Hi","stop":true,"stop_type":"eos"}"#),
+            (Endpoint::Responses, r#"{"object":"response","status":"completed","error":null,"output":[]}"#),
+            (
+                Endpoint::Responses,
+                r#"{"object":"response","status":"incomplete","incomplete_details":{"reason":"content_filter"}}"#,
+            ),
+            (Endpoint::AnthropicMessages, r#"{"type":"message","content":[],"stop_reason":"end_turn"}"#),
+            (Endpoint::CountTokens, r#"{"input_tokens":7}"#),
+            (Endpoint::OllamaChat, r#"{"message":{"content":"Hi"},"done":true,"done_reason":"stop"}"#),
+            (Endpoint::LlamaCompletion, r#"[{"content":"a"},{"content":"b"}]"#),
+            (Endpoint::Generate, r#"[{"generated_text":"Hi"}]"#),
+            (
+                Endpoint::Generate,
+                r#"{"text":"Hi","meta_info":{"finish_reason":{"type":"stop","matched":2}}}"#,
+            ),
+            (Endpoint::Embeddings, r#"{"data":[{"embedding":[0.1,-2e-3,0],"index":0}],"usage":null}"#),
+            (Endpoint::Embeddings, r#"[[0.1,0.2]]"#),
+            // 1.0 and -1.0 in little-endian float32.
+            (Endpoint::Embeddings, r#"{"data":[{"embedding":"AACAPwAAgL8="}]}"#),
+            (Endpoint::OllamaEmbed, r#"{"embeddings":[[0.1,0.2]]}"#),
+            (Endpoint::Rerank, r#"{"results":[{"index":0,"relevance_score":0.5,"document":null}]}"#),
+            (Endpoint::Tokenize, r#"{"tokens":[1,2],"token_strs":null}"#),
+            (
+                Endpoint::KserveInfer,
+                r#"{"outputs":[{"name":"o","datatype":"FP32","shape":[2],"data":[1,2]}]}"#,
+            ),
+            (Endpoint::KserveInfer, "{\"outputs\":[]}\u{0}\u{1}binary"),
+            (Endpoint::Models, r#"{"data":[]}"#),
+            (Endpoint::Other, "anything"),
+            (Endpoint::Other, ""),
+        ] {
+            assert_eq!(check(endpoint, body), Ok(()), "{endpoint:?} {body}");
+        }
+    }
+
+    #[test]
+    fn what_only_looks_whole_does_not() {
+        for (endpoint, body, fault) in [
+            (Endpoint::ChatCompletions, "", BadAnswer::Empty),
+            (Endpoint::Embeddings, " \n", BadAnswer::Empty),
+            (Endpoint::ChatCompletions, r#"{"id":"c"}"#, BadAnswer::Missing("choices")),
+            (Endpoint::ChatCompletions, r#"{"choices":[]}"#, BadAnswer::Missing("choices")),
+            (
+                Endpoint::ChatCompletions,
+                r#"{"choices":[{"message":{"content":"Hal"},"finish_reason":"abort"}]}"#,
+                BadAnswer::Unfinished(Finish::Abort),
+            ),
+            (
+                Endpoint::ChatCompletions,
+                r#"{"error":{"message":"x","type":"overloaded_error"}}"#,
+                BadAnswer::Error(ErrorClass::Overloaded),
+            ),
+            (Endpoint::Tokenize, r#"{"error":"x"}"#, BadAnswer::Error(ErrorClass::ServerFault)),
+            (
+                Endpoint::Responses,
+                r#"{"object":"response","status":"failed","error":{"code":"server_error","message":"x"}}"#,
+                BadAnswer::Error(ErrorClass::ServerFault),
+            ),
+            (
+                Endpoint::Generate,
+                r#"{"text":"Ha","meta_info":{"finish_reason":{"type":"abort"}}}"#,
+                BadAnswer::Unfinished(Finish::Abort),
+            ),
+            (Endpoint::OllamaGenerate, r#"{"response":"Ha","done":false}"#, BadAnswer::Missing("done")),
+            (Endpoint::Embeddings, r#"{"data":[{"embedding":[0.1,null]}]}"#, BadAnswer::NotFinite),
+            (Endpoint::Embeddings, r#"{"data":[{"embedding":[NaN,NaN]}]}"#, BadAnswer::NotFinite),
+            (Endpoint::Embeddings, r#"{"data":[{"embedding":[1,-Infinity]}]}"#, BadAnswer::NotFinite),
+            (Endpoint::Embeddings, r#"{"data":[{"embedding":[1e999]}]}"#, BadAnswer::NotFinite),
+            // Two NaN in little-endian float32.
+            (Endpoint::Embeddings, r#"{"data":[{"embedding":"AADAfwAAwH8="}]}"#, BadAnswer::NotFinite),
+            (Endpoint::OllamaEmbed, r#"{"embeddings":[[null]]}"#, BadAnswer::NotFinite),
+            (Endpoint::Rerank, r#"{"results":[{"relevance_score":null}]}"#, BadAnswer::NotFinite),
+            (Endpoint::Score, r#"{"data":[{"score":null}]}"#, BadAnswer::NotFinite),
+            (Endpoint::KserveInfer, r#"{"outputs":[{"data":[1,null]}]}"#, BadAnswer::NotFinite),
+        ] {
+            assert_eq!(check(endpoint, body), Err(fault), "{endpoint:?} {body}");
+        }
+        for endpoint in [Endpoint::ChatCompletions, Endpoint::Embeddings, Endpoint::Tokenize] {
+            let Err(BadAnswer::Json(fault)) = check(endpoint, r#"{"data":[1,2"#) else {
+                panic!("a cut body passed");
+            };
+            assert_eq!(fault.kind, JsonErrorKind::UnexpectedEnd);
+        }
+    }
+
+    #[test]
+    fn errors_say_for_themselves_what_they_are() {
+        assert_eq!(check_answer(Endpoint::ChatCompletions, StatusCode::BAD_REQUEST, b""), Ok(()));
+    }
+}

@@ -289,3 +289,100 @@ impl Words {
 fn lower(text: &str) -> String {
     text.to_ascii_lowercase()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ErrorClass::{ClientFault, Overloaded, ServerFault};
+
+    #[test]
+    fn errors_are_judged_by_what_they_say() {
+        for (body, class) in [
+            (
+                r#"{"error":{"message":"x","type":"server_error","param":null,"code":"replica_lost"}}"#,
+                ServerFault,
+            ),
+            (r#"{"error":{"message":"x","type":"InternalServerError","code":500}}"#, ServerFault),
+            (r#"{"error":{"message":"x","type":"BadRequestError","code":400}}"#, ClientFault(400)),
+            (r#"{"error":{"message":"x","type":"invalid_request_error","code":null}}"#, ClientFault(400)),
+            (r#"{"error":{"message":"x","type":"invalid_request_error","code":"401"}}"#, ClientFault(401)),
+            (r#"{"error":{"message":"x","code":"rate_limit_exceeded"}}"#, Overloaded),
+            (r#"{"error":{"message":"The request queue is full.","type":"x","code":503}}"#, Overloaded),
+            (r#"{"error":{"message":"The queue is full","code":500}}"#, Overloaded),
+            (r#"{"error":{"message":"CUDA error: an illegal memory access","code":400}}"#, ServerFault),
+            (r#"{"error":{"code":501,"message":"x","type":"not_supported_error"}}"#, ClientFault(501)),
+            (
+                r#"{"error":{"code":400,"message":"x","type":"exceed_context_size_error","n_ctx":8}}"#,
+                ClientFault(400),
+            ),
+            (r#"{"detail":[{"loc":["body","messages"],"msg":"Field required"}]}"#, ClientFault(422)),
+            (r#"{"type":"error","error":{"type":"overloaded_error","message":"Overloaded"}}"#, Overloaded),
+            (r#"{"type":"error","error":{"type":"request_too_large","message":"x"}}"#, ClientFault(413)),
+            (r#"{"error":"model 'x' not found"}"#, ClientFault(404)),
+            (r#"{"error":"llama runner process has terminated: exit status 2"}"#, ServerFault),
+            (r#"{"object":"error","message":"x","type":"NotFoundError","code":404}"#, ClientFault(404)),
+            (r#"{"error":{"message":"request timed out","code":408}}"#, ServerFault),
+            ("Internal Server Error", ServerFault),
+            ("upstream server is busy", Overloaded),
+            ("", ServerFault),
+            ("{}", ServerFault),
+            (r#"{"error":{"code":50001}}"#, ServerFault),
+        ] {
+            assert_eq!(classify_error_body(body.as_bytes()), class, "{body}");
+        }
+    }
+
+    #[test]
+    fn the_status_of_an_answer_outweighs_the_body_but_not_a_death() {
+        let judge = |status: u16, body: &str| {
+            classify_error_answer(StatusCode::from_u16(status).unwrap(), body.as_bytes())
+        };
+        assert_eq!(judge(400, r#"{"error":{"message":"EngineCore encountered an issue."}}"#), ServerFault);
+        assert_eq!(judge(422, r#"{"error":{"message":"x","code":500}}"#), ClientFault(422));
+        assert_eq!(judge(503, ""), Overloaded);
+        assert_eq!(judge(529, ""), Overloaded);
+        assert_eq!(judge(502, "Bad Gateway"), ServerFault);
+        assert_eq!(judge(500, r#"{"error":"Model is overloaded","error_type":"overloaded"}"#), Overloaded);
+    }
+
+    #[test]
+    fn an_unknown_model_is_told_from_an_unknown_path() {
+        for body in [
+            r#"{"error":{"message":"The model `x` does not exist.","type":"NotFoundError","param":"model","code":404}}"#,
+            r#"{"object":"error","message":"The model `x` does not exist.","type":"NotFoundError","code":404}"#,
+            r#"{"error":{"message":"x","type":"invalid_request_error","code":"model_not_found"}}"#,
+            r#"{"error":"model \"x\" not found, try pulling it first"}"#,
+            r#"{"error":"Request for unknown model: 'x' is not found"}"#,
+            r#"{"type":"error","error":{"type":"not_found_error","message":"model: claude-x"}}"#,
+        ] {
+            assert!(is_model_not_found(StatusCode::NOT_FOUND, body.as_bytes()), "{body}");
+            assert!(!is_model_not_found(StatusCode::INTERNAL_SERVER_ERROR, body.as_bytes()), "{body}");
+        }
+        for body in [r#"{"detail":"Not Found"}"#, r#"{"error":"file not found"}"#, "404 page not found", ""] {
+            assert!(!is_model_not_found(StatusCode::NOT_FOUND, body.as_bytes()), "{body}");
+        }
+    }
+
+    #[test]
+    fn a_long_prompt_and_a_filter_are_recognised() {
+        for body in [
+            r#"{"error":{"message":"This model's maximum context length is 4096 tokens. However, you requested 5000","code":400}}"#,
+            r#"{"error":{"code":400,"type":"exceed_context_size_error","message":"the request exceeds the available context size"}}"#,
+            r#"{"error":"Input validation error: `inputs` tokens + `max_new_tokens` must be <= 4096","error_type":"validation"}"#,
+            r#"{"error":{"message":"x","code":"context_length_exceeded"}}"#,
+            r#"{"type":"error","error":{"type":"invalid_request_error","message":"prompt is too long: 9 tokens > 8"}}"#,
+        ] {
+            assert!(is_context_length(StatusCode::BAD_REQUEST, body.as_bytes()), "{body}");
+            assert!(!is_content_filter(StatusCode::BAD_REQUEST, body.as_bytes()), "{body}");
+        }
+        let filtered = r#"{"error":{"message":"The response was filtered due to our content management policy","code":"content_filter"}}"#;
+        assert!(is_content_filter(StatusCode::BAD_REQUEST, filtered.as_bytes()));
+        assert!(!is_context_length(StatusCode::BAD_REQUEST, filtered.as_bytes()));
+    }
+
+    #[test]
+    fn a_message_of_megabytes_is_cut_before_it_is_searched() {
+        let body = format!(r#"{{"error":{{"message":"{}queue is full"}}}}"#, "\u{e9}".repeat(100_001));
+        assert_eq!(classify_error_body(body.as_bytes()), ServerFault);
+    }
+}

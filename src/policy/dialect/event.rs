@@ -277,3 +277,358 @@ impl StreamProgress {
         self.complete() || (clean && unmarked && self.failure.is_none())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sse::{Decoder, Lines};
+    use std::ops::ControlFlow;
+
+    struct Read {
+        /// Per event: `t` token, `f` good finish, `x` bad finish, `e` error, `d` terminator, `u` usage,
+        /// `.` nothing, `!` invalid. Several letters for several facts; events parted by spaces.
+        letters: String,
+        progress: StreamProgress,
+        errors: Vec<ErrorClass>,
+    }
+
+    fn read(endpoint: Endpoint, choices: u32, wire: &str) -> Read {
+        let mut progress = StreamProgress::new(choices);
+        let mut errors = Vec::new();
+        let mut events: Vec<String> = Vec::new();
+        let on_event = |event: Event<'_>| {
+            let mut letters = String::new();
+            match read_event(endpoint, &event) {
+                Err(InvalidEvent::Json(_)) => letters.push('!'),
+                Ok(facts) => {
+                    let mut note = |is: bool, letter: char| letters.extend(is.then_some(letter));
+                    note(facts.meaningful, 't');
+                    note(facts.finish.is_some_and(Finish::is_good), 'f');
+                    note(facts.finish.is_some_and(|finish| !finish.is_good()), 'x');
+                    note(facts.error.is_some(), 'e');
+                    note(facts.done, 'd');
+                    note(facts.usage_only, 'u');
+                    errors.extend(facts.error);
+                    progress.observe(&facts);
+                }
+            }
+            events.push(if letters.is_empty() { ".".to_owned() } else { letters });
+            ControlFlow::Continue(())
+        };
+        let whole = if wire.starts_with('{') {
+            Lines::new(1 << 20).feed(wire.as_bytes(), on_event)
+        } else {
+            Decoder::new(1 << 20).feed(wire.as_bytes(), on_event)
+        };
+        assert_eq!(whole, Ok(wire.len()));
+        Read { letters: events.join(" "), progress, errors }
+    }
+
+    fn chat(deltas: &[&str]) -> String {
+        let chunk = |choices: &&str| {
+            format!(
+                "data: {{\"id\":\"chatcmpl-1\",\"object\":\"chat.completion.chunk\",\"created\":1,\
+                 \"model\":\"m\",\"choices\":[{choices}]}}\n\n"
+            )
+        };
+        deltas.iter().map(chunk).collect()
+    }
+
+    #[test]
+    fn vllm_chat() {
+        let wire = chat(&[
+            r#"{"index":0,"delta":{"role":"assistant","content":"","reasoning_content":null},"logprobs":null,"finish_reason":null}"#,
+            r#"{"index":0,"delta":{"content":"Hel"},"logprobs":null,"finish_reason":null,"token_ids":null}"#,
+            r#"{"index":0,"delta":{"content":"","tool_calls":[]},"finish_reason":null}"#,
+            r#"{"index":0,"delta":{"content":"lo"},"logprobs":null,"finish_reason":"stop","stop_reason":null}"#,
+        ]) + "data: {\"id\":\"chatcmpl-1\",\"choices\":[],\"usage\":{\"prompt_tokens\":3,\"total_tokens\":5}}\n\n\
+              data: [DONE]\n\n";
+        let read = read(Endpoint::ChatCompletions, 1, &wire);
+        assert_eq!(read.letters, ". t . tf u d");
+        assert!(read.progress.complete() && read.progress.done());
+    }
+
+    #[test]
+    fn vllm_reports_a_dead_engine_as_a_bad_request_and_then_done() {
+        let wire = chat(&[r#"{"index":0,"delta":{"content":"Hel"},"finish_reason":null}"#])
+            + "data: {\"error\":{\"message\":\"EngineCore encountered an issue. See stack trace (above) for the \
+               root cause.\",\"type\":\"BadRequestError\",\"param\":null,\"code\":400}}\n\ndata: [DONE]\n\n";
+        let read = read(Endpoint::ChatCompletions, 1, &wire);
+        assert_eq!(read.letters, "t e d");
+        assert_eq!(read.progress.failure(), Some(ErrorClass::ServerFault));
+        assert!(!read.progress.complete());
+        assert!(!read.progress.whole_at_end(Endpoint::ChatCompletions, true));
+    }
+
+    #[test]
+    fn vllm_of_2024_sends_flat_errors() {
+        let wire = "data: {\"object\":\"error\",\"message\":\"boom\",\"type\":\"InternalServerError\",\"param\":null,\
+                    \"code\":500}\n\n";
+        assert_eq!(read(Endpoint::ChatCompletions, 1, wire).errors, [ErrorClass::ServerFault]);
+    }
+
+    #[test]
+    fn a_client_fault_in_a_200_keeps_its_status() {
+        let wire = "data: {\"error\":{\"message\":\"This model's maximum context length is 8 tokens.\",\"type\":\
+                    \"BadRequestError\",\"param\":\"input_tokens\",\"code\":400}}\n\ndata: [DONE]\n\n";
+        assert_eq!(read(Endpoint::ChatCompletions, 1, wire).errors, [ErrorClass::ClientFault(400)]);
+    }
+
+    #[test]
+    fn abort_looks_like_an_end_and_is_none() {
+        let wire = chat(&[
+            r#"{"index":0,"delta":{"content":"Hel"},"finish_reason":null}"#,
+            r#"{"index":0,"delta":{},"finish_reason":"abort"}"#,
+        ]) + "data: [DONE]\n\n";
+        let read = read(Endpoint::ChatCompletions, 1, &wire);
+        assert_eq!(read.letters, "t x d");
+        assert_eq!(read.progress.failure(), Some(ErrorClass::ServerFault));
+        assert!(!read.progress.complete());
+    }
+
+    #[test]
+    fn sglang_finishes_in_a_chunk_of_its_own() {
+        let wire = chat(&[
+            r#"{"index":0,"delta":{"role":"assistant","content":"","reasoning_content":null,"tool_calls":null},"logprobs":null,"finish_reason":null,"matched_stop":null}"#,
+            r#"{"index":0,"delta":{"role":null,"content":"Hi","reasoning_content":null,"tool_calls":null},"logprobs":null,"finish_reason":null}"#,
+            r#"{"index":0,"delta":{"role":null,"content":null,"reasoning_content":null,"tool_calls":null},"finish_reason":"stop","matched_stop":128009}"#,
+        ]) + "data: [DONE]\n\n";
+        assert_eq!(read(Endpoint::ChatCompletions, 1, &wire).letters, ". t f d");
+    }
+
+    #[test]
+    fn sglang_generate() {
+        let wire = "data: {\"text\":\"\",\"output_ids\":[],\"meta_info\":{\"id\":\"1\",\"finish_reason\":null}}\n\n\
+                    data: {\"text\":\"Hi\",\"output_ids\":[1],\"meta_info\":{\"id\":\"1\",\"finish_reason\":null}}\n\n\
+                    data: {\"text\":\"Hi you\",\"output_ids\":[1,2],\"meta_info\":{\"id\":\"1\",\"finish_reason\":\
+                    {\"type\":\"length\",\"length\":2}}}\n\ndata: [DONE]\n\n";
+        let whole = read(Endpoint::Generate, 1, wire);
+        assert_eq!(whole.letters, ". t tf d");
+        assert!(whole.progress.complete());
+        let aborted = wire
+            .replace("{\"type\":\"length\",\"length\":2}", "{\"type\":\"abort\",\"message\":\"Aborted\"}");
+        assert!(!read(Endpoint::Generate, 1, &aborted).progress.complete());
+    }
+
+    #[test]
+    fn llamacpp_chat_starts_with_null_content_and_comments() {
+        let wire = ":\n\n".to_owned()
+            + &chat(&[
+                r#"{"finish_reason":null,"index":0,"delta":{"role":"assistant","content":null}}"#,
+                r#"{"finish_reason":null,"index":0,"delta":{"content":"Hi"}}"#,
+                r#"{"finish_reason":"length","index":0,"delta":{}}"#,
+            ])
+            + "data: {\"choices\":[],\"created\":1,\"usage\":{\"completion_tokens\":1},\"timings\":{\"n\":1}}\n\n\
+               data: [DONE]\n\n";
+        assert_eq!(read(Endpoint::ChatCompletions, 1, &wire).letters, ". . t f u d");
+    }
+
+    #[test]
+    fn llamacpp_of_2025_sends_errors_as_a_field() {
+        let wire = "error: {\"code\":500,\"message\":\"context shift\",\"type\":\"server_error\"}\n\ndata: [DONE]\n\n";
+        let read = read(Endpoint::ChatCompletions, 1, wire);
+        assert_eq!(read.letters, "e d");
+        assert_eq!(read.errors, [ErrorClass::ServerFault]);
+    }
+
+    #[test]
+    fn llamacpp_completion_ends_with_stop() {
+        let wire = "data: {\"index\":0,\"content\":\"\",\"tokens\":[],\"stop\":false,\"prompt_progress\":{\"total\":9}}\n\n\
+                    data: {\"index\":0,\"content\":\"Hi\",\"tokens\":[1],\"stop\":false,\"id_slot\":-1}\n\n\
+                    data: {\"index\":0,\"content\":\"\",\"tokens\":[],\"stop\":true,\"stop_type\":\"limit\"}\n\n";
+        for endpoint in [Endpoint::LlamaCompletion, Endpoint::Infill, Endpoint::Completions] {
+            let read = read(endpoint, 1, wire);
+            assert_eq!(read.letters, ". t fd");
+            assert!(read.progress.complete());
+        }
+        let wire = "data: {\"error\":{\"code\":503,\"message\":\"Loading model\",\"type\":\"unavailable_error\"}}\n\n";
+        assert_eq!(read(Endpoint::LlamaCompletion, 1, wire).errors, [ErrorClass::Overloaded]);
+    }
+
+    #[test]
+    fn tgi_native_and_chat() {
+        let wire = "data:{\"index\":1,\"token\":{\"id\":1,\"text\":\" Hi\",\"logprob\":-0.1,\"special\":false},\
+                    \"generated_text\":null,\"details\":null}\n\n\
+                    data:{\"index\":2,\"token\":{\"id\":2,\"text\":\"</s>\",\"special\":true},\"generated_text\":\" Hi\",\
+                    \"details\":{\"finish_reason\":\"eos_token\",\"generated_tokens\":2,\"seed\":null}}\n\n";
+        let whole = read(Endpoint::GenerateStream, 1, wire);
+        assert_eq!(whole.letters, "t tf");
+        assert!(whole.progress.complete() && !whole.progress.done());
+
+        let busy = "data:{\"error\":\"Model is overloaded\",\"error_type\":\"overloaded\"}\n\n";
+        let invalid = "data:{\"error\":\"Input validation error: `inputs` must have less than 8 tokens\",\
+                       \"error_type\":\"validation\"}\n\n";
+        let broken = "data:{\"error\":\"Request failed during generation: Server error: CANCELLED\",\"error_type\":\
+                      \"generation\"}\n\n";
+        for endpoint in [Endpoint::GenerateStream, Endpoint::ChatCompletions] {
+            assert_eq!(read(endpoint, 1, busy).errors, [ErrorClass::Overloaded]);
+            assert_eq!(read(endpoint, 1, invalid).errors, [ErrorClass::ClientFault(422)]);
+            assert_eq!(read(endpoint, 1, broken).errors, [ErrorClass::ServerFault]);
+        }
+    }
+
+    #[test]
+    fn trtllm_ends_lines_with_a_space() {
+        let wire = "data: {\"choices\":[{\"index\":0,\"text\":\"Hi\",\"finish_reason\":null}]} \n\ndata: [DONE] \n\n";
+        assert_eq!(read(Endpoint::Completions, 1, wire).letters, "t d");
+    }
+
+    #[test]
+    fn ollama_lines() {
+        let wire = "{\"model\":\"m\",\"created_at\":\"t\",\"message\":{\"role\":\"assistant\",\"content\":\"\",\"thinking\":\"Hm\"},\"done\":false}\n\
+                    {\"model\":\"m\",\"message\":{\"role\":\"assistant\",\"content\":\"Hi\"},\"done\":false}\n\
+                    {\"model\":\"m\",\"message\":{\"role\":\"assistant\",\"content\":\"\"},\"done_reason\":\"stop\",\"done\":true,\"eval_count\":2}\n";
+        let whole = read(Endpoint::OllamaChat, 1, wire);
+        assert_eq!(whole.letters, "t t fd");
+        assert!(whole.progress.complete());
+
+        let wire = "{\"model\":\"m\",\"response\":\"Hi\",\"done\":false}\n{\"error\":\"llama runner process no longer running\"}\n";
+        let cut = read(Endpoint::OllamaGenerate, 1, wire);
+        assert_eq!(cut.letters, "t e");
+        assert_eq!(cut.progress.failure(), Some(ErrorClass::ServerFault));
+
+        let wire = "{\"error\":\"server busy, please try again.  maximum pending requests exceeded\"}\n";
+        assert_eq!(read(Endpoint::OllamaChat, 1, wire).errors, [ErrorClass::Overloaded]);
+    }
+
+    #[test]
+    fn llamacpp_serves_the_ollama_path_in_openai_shape() {
+        let wire = chat(&[
+            r#"{"index":0,"delta":{"content":"Hi"},"finish_reason":null}"#,
+            r#"{"index":0,"delta":{},"finish_reason":"stop"}"#,
+        ]);
+        assert_eq!(read(Endpoint::OllamaChat, 1, &wire).letters, "t f");
+    }
+
+    #[test]
+    fn anthropic_messages() {
+        let wire = "event: message_start\ndata: {\"type\":\"message_start\",\"message\":{\"id\":\"msg_1\",\"type\":\"message\",\"role\":\"assistant\",\"content\":[],\"stop_reason\":null,\"usage\":{\"input_tokens\":9}}}\n\n\
+                    event: content_block_start\ndata: {\"type\":\"content_block_start\",\"index\":0,\"content_block\":{\"type\":\"text\",\"text\":\"\"}}\n\n\
+                    event: ping\ndata: {\"type\":\"ping\"}\n\n\
+                    event: content_block_delta\ndata: {\"type\":\"content_block_delta\",\"index\":0,\"delta\":{\"type\":\"text_delta\",\"text\":\"Hi\"}}\n\n\
+                    event: content_block_stop\ndata: {\"type\":\"content_block_stop\",\"index\":0}\n\n\
+                    event: content_block_start\ndata: {\"type\":\"content_block_start\",\"index\":1,\"content_block\":{\"type\":\"tool_use\",\"id\":\"t\",\"name\":\"get\",\"input\":{}}}\n\n\
+                    event: message_delta\ndata: {\"type\":\"message_delta\",\"delta\":{\"stop_reason\":\"tool_use\",\"stop_sequence\":null},\"usage\":{\"output_tokens\":5}}\n\n\
+                    event: message_stop\ndata: {\"type\":\"message_stop\"}\n\n";
+        let whole = read(Endpoint::AnthropicMessages, 1, wire);
+        assert_eq!(whole.letters, ". . . t . t f d");
+        assert!(whole.progress.complete() && whole.progress.done());
+
+        let wire = "event: error\ndata: {\"type\":\"error\",\"error\":{\"type\":\"overloaded_error\",\"message\":\"Overloaded\"}}\n\n";
+        assert_eq!(read(Endpoint::AnthropicMessages, 1, wire).errors, [ErrorClass::Overloaded]);
+        let wire = "event: error\ndata: {\"type\":\"error\",\"error\":{\"type\":\"api_error\",\"message\":\"x\"}}\n\n";
+        assert_eq!(read(Endpoint::AnthropicMessages, 1, wire).errors, [ErrorClass::ServerFault]);
+    }
+
+    #[test]
+    fn responses() {
+        let wire = "event: response.created\ndata: {\"type\":\"response.created\",\"sequence_number\":0,\"response\":{\"id\":\"r\",\"object\":\"response\",\"status\":\"in_progress\",\"error\":null}}\n\n\
+                    event: response.output_text.delta\ndata: {\"type\":\"response.output_text.delta\",\"sequence_number\":1,\"delta\":\"Hi\"}\n\n\
+                    event: response.completed\ndata: {\"type\":\"response.completed\",\"sequence_number\":2,\"response\":{\"id\":\"r\",\"status\":\"completed\",\"error\":null}}\n\n";
+        let whole = read(Endpoint::Responses, 1, wire);
+        assert_eq!(whole.letters, ". t fd");
+        assert!(whole.progress.complete());
+
+        let wire = "data: {\"type\":\"response.incomplete\",\"response\":{\"incomplete_details\":{\"reason\":\"max_output_tokens\"}}}\n\n";
+        assert!(read(Endpoint::Responses, 1, wire).progress.complete());
+        let wire = "data: {\"type\":\"response.failed\",\"response\":{\"status\":\"failed\",\"error\":{\"code\":\"rate_limit_exceeded\",\"message\":\"x\"}}}\n\n";
+        assert_eq!(read(Endpoint::Responses, 1, wire).errors, [ErrorClass::Overloaded]);
+        let wire = "data: {\"type\":\"error\",\"code\":\"server_error\",\"message\":\"x\",\"param\":null,\"sequence_number\":3}\n\n";
+        assert_eq!(read(Endpoint::Responses, 1, wire).errors, [ErrorClass::ServerFault]);
+    }
+
+    #[test]
+    fn triton_has_no_end_but_that_of_its_body() {
+        let wire = "data: {\"model_name\":\"m\",\"model_version\":\"1\",\"text_output\":\"Hi\"}\n\n\
+                    data: {\"model_name\":\"m\",\"model_version\":\"1\",\"text_output\":\"\"}\n\n";
+        let whole = read(Endpoint::KserveGenerateStream, 1, wire);
+        assert_eq!(whole.letters, "t .");
+        assert!(!whole.progress.complete());
+        assert!(whole.progress.whole_at_end(Endpoint::KserveGenerateStream, true));
+        assert!(!whole.progress.whole_at_end(Endpoint::KserveGenerateStream, false));
+        let cut = read(Endpoint::KserveGenerateStream, 1, "data: {\"error\":\"in ensemble 'm', died\"}\n\n");
+        assert!(!cut.progress.whole_at_end(Endpoint::KserveGenerateStream, true));
+    }
+
+    #[test]
+    fn several_choices_must_all_finish() {
+        let finish = |index: u32, reason: &str| {
+            chat(&[&format!(r#"{{"index":{index},"delta":{{"content":"x"}},"finish_reason":"{reason}"}}"#)])
+        };
+        let two = finish(0, "stop") + &finish(1, "length");
+        assert!(read(Endpoint::ChatCompletions, 2, &two).progress.complete());
+        // Asked for three, or seen three.
+        assert!(!read(Endpoint::ChatCompletions, 3, &two).progress.complete());
+        let began = chat(&[r#"{"index":2,"delta":{"content":"x"},"finish_reason":null}"#]);
+        assert!(!read(Endpoint::ChatCompletions, 2, &(began + &two)).progress.complete());
+        // One of two aborted.
+        let mixed = finish(0, "stop") + &finish(1, "abort");
+        assert_eq!(
+            read(Endpoint::ChatCompletions, 2, &mixed).progress.failure(),
+            Some(ErrorClass::ServerFault)
+        );
+        // Twice the same is one.
+        let same = finish(0, "stop") + &finish(0, "stop");
+        assert!(!read(Endpoint::ChatCompletions, 2, &same).progress.complete());
+        // Both in one chunk.
+        let both = chat(&[
+            r#"{"index":0,"delta":{},"finish_reason":"stop"},{"index":1,"delta":{},"finish_reason":"stop"}"#,
+        ]);
+        assert!(read(Endpoint::ChatCompletions, 2, &both).progress.complete());
+        // Beyond what is told apart: a batch of 200 prompts.
+        let many: String = (0..200).map(|index| finish(index, "stop")).collect();
+        assert!(read(Endpoint::Completions, 200, &many).progress.complete());
+        let most: String = (0..199).map(|index| finish(index, "stop")).collect();
+        assert!(!read(Endpoint::Completions, 200, &most).progress.complete());
+    }
+
+    #[test]
+    fn an_error_behind_a_complete_answer_is_no_failure() {
+        let wire = chat(&[r#"{"index":0,"delta":{"content":"x"},"finish_reason":"stop"}"#])
+            + "data: {\"error\":{\"message\":\"late\",\"code\":500}}\n\n";
+        let read = read(Endpoint::ChatCompletions, 1, &wire);
+        assert!(read.progress.complete());
+        assert_eq!(read.progress.failure(), None);
+    }
+
+    #[test]
+    fn garbage_is_invalid_in_every_dialect() {
+        for endpoint in [
+            Endpoint::ChatCompletions,
+            Endpoint::Responses,
+            Endpoint::AnthropicMessages,
+            Endpoint::OllamaChat,
+            Endpoint::LlamaCompletion,
+            Endpoint::GenerateStream,
+            Endpoint::KserveGenerateStream,
+        ] {
+            for data in
+                ["{\"choices\":[", "{\"a\":NaN}", "[1]", "7", "", "\u{1}", "{} {}", "{\"choices\":[}]}"]
+            {
+                let wire = format!("data: {data}\n\n");
+                assert_eq!(read(endpoint, 1, &wire).letters, "!", "{endpoint:?} {data:?}");
+            }
+        }
+        // Not evergate's to judge.
+        assert_eq!(read(Endpoint::Other, 1, "data: anything\n\n").letters, ".");
+    }
+
+    #[test]
+    fn tool_calls_and_reasoning_are_tokens_and_unknown_reasons_are_ends() {
+        for (delta, letters) in [
+            (r#"{"tool_calls":[{"index":0,"function":{"arguments":"{"}}]}"#, "t"),
+            (r#"{"reasoning":"Hm"}"#, "t"),
+            (r#"{"refusal":"No"}"#, "t"),
+            (r#"{"role":"assistant"}"#, "."),
+            ("{}", "."),
+            ("null", "."),
+        ] {
+            let wire = chat(&[&format!(r#"{{"index":0,"delta":{delta},"finish_reason":null}}"#)]);
+            assert_eq!(read(Endpoint::ChatCompletions, 1, &wire).letters, letters, "{delta}");
+        }
+        for (reason, letters) in [("repetition", "f"), ("error", "x"), ("", "."), ("content_filter", "f")] {
+            let wire = chat(&[&format!(r#"{{"index":0,"delta":{{}},"finish_reason":"{reason}"}}"#)]);
+            assert_eq!(read(Endpoint::ChatCompletions, 1, &wire).letters, letters, "{reason}");
+        }
+    }
+}

@@ -57,3 +57,26 @@ pub fn grpc_message(message: &str) -> String {
     }
     encoded
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn statuses_are_judged_as_the_catalogue_says() {
+        assert_eq!(grpc_class(0), None);
+        assert_eq!(grpc_class(3), Some(ErrorClass::ClientFault(400)));
+        assert_eq!(grpc_class(8), Some(ErrorClass::Overloaded));
+        assert_eq!(grpc_class(13), Some(ErrorClass::ServerFault));
+        assert_eq!(grpc_class(14), Some(ErrorClass::ServerFault));
+        for status in [400, 401, 403, 404, 429, 500, 503] {
+            let code = grpc_status(StatusCode::from_u16(status).unwrap());
+            assert!((1..=16).contains(&code), "{status}");
+        }
+    }
+
+    #[test]
+    fn a_message_is_a_header_value() {
+        assert_eq!(grpc_message("100% gone\n\u{e9}"), "100%25 gone%0A%C3%A9");
+    }
+}
