@@ -79,8 +79,8 @@ impl std::error::Error for JsonError {}
 /// Beside the grammar it demands UTF-8 and at most [`DEPTH_MAX`] levels. It takes what the grammar takes
 /// even where other parsers do not: numbers beyond the range of a float, lone surrogates in `\u`.
 pub fn validate(bytes: &[u8]) -> Result<(), JsonError> {
-    let mut reader = Reader::new(bytes)?;
-    reader.skip()?;
+    let mut reader = Reader::new(bytes);
+    reader.pass()?;
     reader.finish()
 }
 
@@ -299,8 +299,11 @@ impl<'a> Iterator for Elements<'a> {
     }
 }
 
-/// A validating walk over one JSON text: the caller descends where it is interested and skips the rest,
+/// A validating walk over one JSON text: the caller descends where it is interested and passes the rest,
 /// and every byte is checked once either way.
+///
+/// The inner functions answer with an offset or nothing, and a fault is worked out only when there is
+/// one: an event of a stream is to cost a thousand instructions, not five thousand.
 #[derive(Debug)]
 pub struct Reader<'a> {
     bytes: &'a [u8],
@@ -309,56 +312,62 @@ pub struct Reader<'a> {
 }
 
 impl<'a> Reader<'a> {
-    /// Starts in front of the value. An error when `bytes` are not UTF-8.
-    pub fn new(bytes: &'a [u8]) -> Result<Self, JsonError> {
-        match std::str::from_utf8(bytes) {
-            Ok(_) => Ok(Self { bytes, at: 0, depth: 0 }),
-            Err(fault) => Err(error(fault.valid_up_to(), JsonErrorKind::BadUtf8)),
-        }
+    /// Starts in front of the value.
+    pub fn new(bytes: &'a [u8]) -> Self {
+        Self { bytes, at: 0, depth: 0 }
     }
 
     /// The kind of the value ahead, by its first byte.
+    #[inline]
     pub fn peek(&mut self) -> Result<Kind, JsonError> {
-        self.at = next_visible(self.bytes, self.at);
-        match self.bytes.get(self.at) {
-            None => Err(self.fault(JsonErrorKind::UnexpectedEnd)),
-            Some(b'{') => Ok(Kind::Object),
-            Some(b'[') => Ok(Kind::Array),
-            Some(b'"') => Ok(Kind::String),
-            Some(b'-' | b'0'..=b'9') => Ok(Kind::Number),
-            Some(b't' | b'f') => Ok(Kind::Bool),
-            Some(b'n') => Ok(Kind::Null),
-            Some(_) => Err(self.fault(JsonErrorKind::UnexpectedByte)),
+        match self.visible() {
+            b'"' => Ok(Kind::String),
+            b'{' => Ok(Kind::Object),
+            b'[' => Ok(Kind::Array),
+            b'-' | b'0'..=b'9' => Ok(Kind::Number),
+            b't' | b'f' => Ok(Kind::Bool),
+            b'n' => Ok(Kind::Null),
+            _ => Err(unexpected(self.bytes, self.at)),
         }
     }
 
     /// Reads the whole value ahead.
-    pub fn skip(&mut self) -> Result<Value<'a>, JsonError> {
+    #[inline]
+    pub fn value(&mut self) -> Result<Value<'a>, JsonError> {
         let kind = self.peek()?;
         let start = self.at;
-        match kind {
-            Kind::String => self.string()?,
-            Kind::Number => self.number()?,
-            Kind::Bool | Kind::Null => self.literal()?,
-            Kind::Array | Kind::Object => self.nested()?,
-        }
+        self.pass_kind(kind)?;
         Ok(Value { raw: &self.bytes[start..self.at], start, kind })
     }
 
+    /// Passes the whole value ahead.
+    #[inline]
+    pub fn pass(&mut self) -> Result<(), JsonError> {
+        let kind = self.peek()?;
+        self.pass_kind(kind)
+    }
+
     /// Reads the object ahead. For each member `on_member` gets its unescaped name and must read exactly
-    /// one value. A value that is no object is skipped, and returned.
+    /// one value. A value that is no object is passed, and returned.
+    #[inline]
     pub fn object<F>(&mut self, mut on_member: F) -> Result<Option<Value<'a>>, JsonError>
     where
         F: FnMut(&mut Self, &[u8]) -> Result<(), JsonError>,
     {
         if self.peek()? != Kind::Object {
-            return self.skip().map(Some);
+            return self.value().map(Some);
         }
         self.descend()?;
         if !self.closes(b'}') {
             loop {
                 let name = self.name()?;
-                on_member(self, &name)?;
+                // A name with escapes is decoded; a lone surrogate has no bytes, and such a name then
+                // simply matches nothing.
+                let decoded = match name.escaped {
+                    true => unescape(name.inside),
+                    false => None,
+                };
+                on_member(self, decoded.as_deref().unwrap_or(name.inside))?;
                 if self.separator(b'}')? {
                     break;
                 }
@@ -369,13 +378,14 @@ impl<'a> Reader<'a> {
     }
 
     /// Reads the array ahead; for each element `on_element` must read exactly one value. A value that is
-    /// no array is skipped, and returned.
+    /// no array is passed, and returned.
+    #[inline]
     pub fn array<F>(&mut self, mut on_element: F) -> Result<Option<Value<'a>>, JsonError>
     where
         F: FnMut(&mut Self) -> Result<(), JsonError>,
     {
         if self.peek()? != Kind::Array {
-            return self.skip().map(Some);
+            return self.value().map(Some);
         }
         self.descend()?;
         if !self.closes(b']') {
@@ -393,78 +403,81 @@ impl<'a> Reader<'a> {
     /// Nothing but white space may be left.
     pub fn finish(&mut self) -> Result<(), JsonError> {
         self.at = next_visible(self.bytes, self.at);
-        if self.at == self.bytes.len() { Ok(()) } else { Err(self.fault(JsonErrorKind::TrailingBytes)) }
+        if self.at == self.bytes.len() { Ok(()) } else { Err(error(self.at, JsonErrorKind::TrailingBytes)) }
     }
 
-    /// Where the walk stands.
-    pub fn offset(&self) -> usize {
-        self.at
+    /// Passes the value of `kind` that begins here.
+    #[inline]
+    fn pass_kind(&mut self, kind: Kind) -> Result<(), JsonError> {
+        self.at = match kind {
+            Kind::String => string_end(self.bytes, self.at)?,
+            Kind::Number => number_end(self.bytes, self.at)?,
+            Kind::Bool | Kind::Null => literal_end(self.bytes, self.at)?,
+            Kind::Array | Kind::Object => return self.nested(),
+        };
+        Ok(())
     }
 
-    fn fault(&self, kind: JsonErrorKind) -> JsonError {
-        error(self.at, kind)
-    }
-
-    /// The byte here is wrong, or missing.
-    fn unexpected(&self) -> JsonError {
-        let end = self.at >= self.bytes.len();
-        self.fault(if end { JsonErrorKind::UnexpectedEnd } else { JsonErrorKind::UnexpectedByte })
-    }
-
+    #[inline]
     fn descend(&mut self) -> Result<(), JsonError> {
         if self.depth == DEPTH_MAX {
-            return Err(self.fault(JsonErrorKind::TooDeep));
+            return Err(error(self.at, JsonErrorKind::TooDeep));
         }
         self.depth += 1;
         self.at += 1;
         Ok(())
     }
 
-    /// Passes `close` if it is next.
-    fn closes(&mut self, close: u8) -> bool {
+    /// Passes white space; the byte that follows, 0 at the end (and 0 may stand nowhere).
+    #[inline]
+    fn visible(&mut self) -> u8 {
+        let byte = byte_at(self.bytes, self.at);
+        if byte > b' ' {
+            return byte;
+        }
         self.at = next_visible(self.bytes, self.at);
-        let closes = self.bytes.get(self.at) == Some(&close);
+        byte_at(self.bytes, self.at)
+    }
+
+    /// Passes `close` if it is next.
+    #[inline]
+    fn closes(&mut self, close: u8) -> bool {
+        let closes = self.visible() == close;
         self.at += usize::from(closes);
         closes
     }
 
     /// Passes a comma (`false`) or `close` (`true`).
+    #[inline]
     fn separator(&mut self, close: u8) -> Result<bool, JsonError> {
-        self.at = next_visible(self.bytes, self.at);
-        match self.bytes.get(self.at) {
-            Some(b',') => {
-                self.at += 1;
-                Ok(false)
-            }
-            Some(&byte) if byte == close => {
-                self.at += 1;
-                Ok(true)
-            }
-            _ => Err(self.unexpected()),
+        let byte = self.visible();
+        if byte != b',' && byte != close {
+            return Err(unexpected(self.bytes, self.at));
         }
+        self.at += 1;
+        Ok(byte == close)
     }
 
     /// Reads a member's name and the colon.
-    fn name(&mut self) -> Result<Cow<'a, [u8]>, JsonError> {
-        let (start, end) = self.name_span()?;
-        // A lone surrogate has no bytes; such a name then simply matches nothing.
-        Ok(unescape(&self.bytes[start..end]).unwrap_or(Cow::Borrowed(&self.bytes[start..end])))
-    }
-
-    fn name_span(&mut self) -> Result<(usize, usize), JsonError> {
-        self.at = next_visible(self.bytes, self.at);
-        if self.bytes.get(self.at) != Some(&b'"') {
-            return Err(self.unexpected());
+    #[inline]
+    fn name(&mut self) -> Result<Name<'a>, JsonError> {
+        if self.visible() != b'"' {
+            return Err(unexpected(self.bytes, self.at));
         }
-        let start = self.at + 1;
-        self.string()?;
-        let end = self.at - 1;
-        self.at = next_visible(self.bytes, self.at);
-        if self.bytes.get(self.at) != Some(&b':') {
-            return Err(self.unexpected());
+        let at = self.at;
+        let (end, escaped) = match plain_string_end(self.bytes, at) {
+            Some(end) => (end, false),
+            None => {
+                let end = any_string_end(self.bytes, at)?;
+                (end, memchr::memchr(b'\\', &self.bytes[at..end]).is_some())
+            }
+        };
+        self.at = end;
+        if self.visible() != b':' {
+            return Err(unexpected(self.bytes, self.at));
         }
         self.at += 1;
-        Ok((start, end))
+        Ok(Name { inside: &self.bytes[at + 1..end - 1], escaped })
     }
 
     /// Reads an array or object, without recursion: one bit a level says which of the two it is.
@@ -475,28 +488,26 @@ impl<'a> Reader<'a> {
         loop {
             // In front of a value.
             match self.peek()? {
-                Kind::String => self.string()?,
-                Kind::Number => self.number()?,
-                Kind::Bool | Kind::Null => self.literal()?,
                 Kind::Object => {
                     self.descend()?;
-                    if self.closes(b'}') {
-                        self.depth -= 1;
-                    } else {
+                    if !self.closes(b'}') {
                         objects = objects << 1 | 1;
-                        self.name_span()?;
+                        self.name()?;
                         continue;
                     }
+                    self.depth -= 1;
                 }
                 Kind::Array => {
                     self.descend()?;
-                    if self.closes(b']') {
-                        self.depth -= 1;
-                    } else {
+                    if !self.closes(b']') {
                         objects <<= 1;
                         continue;
                     }
+                    self.depth -= 1;
                 }
+                Kind::String => self.at = string_end(self.bytes, self.at)?,
+                Kind::Number => self.at = number_end(self.bytes, self.at)?,
+                Kind::Bool | Kind::Null => self.at = literal_end(self.bytes, self.at)?,
             }
             // Behind a value.
             loop {
@@ -506,7 +517,7 @@ impl<'a> Reader<'a> {
                 let in_object = objects & 1 == 1;
                 if !self.separator(if in_object { b'}' } else { b']' })? {
                     if in_object {
-                        self.name_span()?;
+                        self.name()?;
                     }
                     break;
                 }
@@ -515,109 +526,28 @@ impl<'a> Reader<'a> {
             }
         }
     }
-
-    /// Reads the string whose opening quote is here.
-    fn string(&mut self) -> Result<(), JsonError> {
-        self.at += 1;
-        loop {
-            self.at += plain_len(&self.bytes[self.at..]);
-            match self.bytes.get(self.at) {
-                Some(b'"') => {
-                    self.at += 1;
-                    return Ok(());
-                }
-                Some(b'\\') => self.escape()?,
-                Some(_) => return Err(self.fault(JsonErrorKind::ControlCharacter)),
-                None => return Err(self.fault(JsonErrorKind::UnexpectedEnd)),
-            }
-        }
-    }
-
-    /// Reads the escape whose backslash is here.
-    fn escape(&mut self) -> Result<(), JsonError> {
-        match self.bytes.get(self.at + 1) {
-            Some(b'"' | b'\\' | b'/' | b'b' | b'f' | b'n' | b'r' | b't') => {
-                self.at += 2;
-                Ok(())
-            }
-            Some(b'u') => {
-                let digits = self.bytes[self.at + 2..].iter().take(4).take_while(|b| b.is_ascii_hexdigit());
-                let count = digits.count();
-                if count < 4 {
-                    self.at += 2 + count;
-                    let end = self.at == self.bytes.len();
-                    return Err(self.fault(if end {
-                        JsonErrorKind::UnexpectedEnd
-                    } else {
-                        JsonErrorKind::BadEscape
-                    }));
-                }
-                self.at += 6;
-                Ok(())
-            }
-            Some(_) => Err(self.fault(JsonErrorKind::BadEscape)),
-            None => Err(error(self.bytes.len(), JsonErrorKind::UnexpectedEnd)),
-        }
-    }
-
-    /// Reads the number that begins here (RFC 8259 §6).
-    fn number(&mut self) -> Result<(), JsonError> {
-        if self.bytes[self.at] == b'-' {
-            self.at += 1;
-        }
-        match self.bytes.get(self.at) {
-            Some(b'0') => self.at += 1,
-            Some(b'1'..=b'9') => self.digits()?,
-            _ => return Err(self.bad_number()),
-        }
-        if self.bytes.get(self.at) == Some(&b'.') {
-            self.at += 1;
-            self.digits()?;
-        }
-        if let Some(b'e' | b'E') = self.bytes.get(self.at) {
-            self.at += 1;
-            if let Some(b'+' | b'-') = self.bytes.get(self.at) {
-                self.at += 1;
-            }
-            self.digits()?;
-        }
-        // `01`: a digit behind a whole number is the number's fault, not the next byte's.
-        if self.bytes.get(self.at).is_some_and(u8::is_ascii_digit) {
-            return Err(self.fault(JsonErrorKind::BadNumber));
-        }
-        Ok(())
-    }
-
-    fn digits(&mut self) -> Result<(), JsonError> {
-        let count = self.bytes[self.at..].iter().take_while(|byte| byte.is_ascii_digit()).count();
-        if count == 0 {
-            return Err(self.bad_number());
-        }
-        self.at += count;
-        Ok(())
-    }
-
-    fn bad_number(&self) -> JsonError {
-        let end = self.at >= self.bytes.len();
-        self.fault(if end { JsonErrorKind::UnexpectedEnd } else { JsonErrorKind::BadNumber })
-    }
-
-    /// Reads `true`, `false` or `null`.
-    fn literal(&mut self) -> Result<(), JsonError> {
-        let word: &[u8] = match self.bytes[self.at] {
-            b't' => b"true",
-            b'f' => b"false",
-            _ => b"null",
-        };
-        let rest = &self.bytes[self.at..];
-        let same = word.iter().zip(rest).take_while(|(a, b)| a == b).count();
-        self.at += same;
-        if same == word.len() { Ok(()) } else { Err(self.unexpected()) }
-    }
 }
 
+/// A member's name as written.
+struct Name<'a> {
+    inside: &'a [u8],
+    escaped: bool,
+}
+
+#[cold]
 fn error(offset: usize, kind: JsonErrorKind) -> JsonError {
     JsonError { offset, kind }
+}
+
+/// The byte at `at` is wrong, or missing.
+#[cold]
+fn unexpected(bytes: &[u8], at: usize) -> JsonError {
+    error(at, if at < bytes.len() { JsonErrorKind::UnexpectedByte } else { JsonErrorKind::UnexpectedEnd })
+}
+
+#[inline]
+fn byte_at(bytes: &[u8], at: usize) -> u8 {
+    bytes.get(at).copied().unwrap_or(0)
 }
 
 /// The first byte from `at` on that is not white space (RFC 8259 §2), or the length.
@@ -628,21 +558,86 @@ fn next_visible(bytes: &[u8], mut at: usize) -> usize {
     at
 }
 
+const ONES: u64 = 0x0101_0101_0101_0101;
+const HIGH: u64 = 0x8080_8080_8080_8080;
+
+/// The high bit of each byte of `word` that is `byte` (below 0x80), exact up to the lowest hit: the
+/// classic zero-byte test, in which only a hit can disturb the bytes above it.
+#[inline]
+fn hits(word: u64, byte: u8) -> u64 {
+    (word ^ (ONES * u64::from(byte))).wrapping_sub(ONES) & !word & HIGH
+}
+
+/// The same for control characters.
+#[inline]
+fn control_hits(word: u64) -> u64 {
+    word.wrapping_sub(ONES * 0x20) & !word & HIGH
+}
+
+#[inline]
+fn index_of(hits: u64) -> usize {
+    (hits.trailing_zeros() / 8) as usize
+}
+
+/// From here on a string is searched by vector instructions; eight bytes at a time beats calling those
+/// for the short ones, which most strings of an event are.
+const LONG_STRING: usize = 32;
+
+/// The offset behind the string whose opening quote is at `at`.
+#[inline]
+fn string_end(bytes: &[u8], at: usize) -> Result<usize, JsonError> {
+    match plain_string_end(bytes, at) {
+        Some(end) => Ok(end),
+        None => any_string_end(bytes, at),
+    }
+}
+
+/// The same, if the string is short and nothing but ASCII without escapes.
+#[inline]
+fn plain_string_end(bytes: &[u8], at: usize) -> Option<usize> {
+    let start = at + 1;
+    let mut at = start;
+    while at - start < LONG_STRING {
+        let word = u64::from_le_bytes(*bytes.get(at..)?.first_chunk::<8>()?);
+        let quotes = hits(word, b'"');
+        let stops = quotes | hits(word, b'\\') | control_hits(word) | (word & HIGH);
+        if stops != 0 {
+            let lowest = stops & stops.wrapping_neg();
+            return (quotes & lowest != 0).then(|| at + index_of(stops) + 1);
+        }
+        at += 8;
+    }
+    None
+}
+
+/// Any string: long, escaped, beyond ASCII, at the end of the text, or wrong.
+fn any_string_end(bytes: &[u8], at: usize) -> Result<usize, JsonError> {
+    let start = at + 1;
+    let mut at = start;
+    loop {
+        at += plain_len(&bytes[at..]);
+        match bytes.get(at) {
+            Some(b'"') => break,
+            Some(b'\\') => at = escape_end(bytes, at)?,
+            Some(_) => return Err(error(at, JsonErrorKind::ControlCharacter)),
+            None => return Err(error(at, JsonErrorKind::UnexpectedEnd)),
+        }
+    }
+    match std::str::from_utf8(&bytes[start..at]) {
+        Ok(_) => Ok(at + 1),
+        Err(fault) => Err(error(start + fault.valid_up_to(), JsonErrorKind::BadUtf8)),
+    }
+}
+
 /// How many bytes at the beginning of `bytes` may stand in a string as they are: up to a quote, a
 /// backslash, a control character or the end.
 fn plain_len(bytes: &[u8]) -> usize {
-    // Most strings of an event are short: eight bytes at a time beats calling a vector search.
     let mut at = 0;
     while let Some(eight) = bytes[at..].first_chunk::<8>() {
         let word = u64::from_le_bytes(*eight);
-        // The classic zero-byte test, exact for the lowest hit, which is the one asked for: bytes from
-        // 0x80 on never hit, because `!word` clears their high bit.
-        let quote = (word ^ (ONES * b'"' as u64)).wrapping_sub(ONES);
-        let backslash = (word ^ (ONES * b'\\' as u64)).wrapping_sub(ONES);
-        let control = word.wrapping_sub(ONES * 0x20);
-        let hits = (quote | backslash | control) & !word & HIGH;
-        if hits != 0 {
-            return at + (hits.trailing_zeros() / 8) as usize;
+        let stops = hits(word, b'"') | hits(word, b'\\') | control_hits(word);
+        if stops != 0 {
+            return at + index_of(stops);
         }
         at += 8;
         if at == LONG_STRING {
@@ -652,12 +647,6 @@ fn plain_len(bytes: &[u8]) -> usize {
     at + bytes[at..].iter().take_while(|&&byte| byte >= 0x20 && byte != b'"' && byte != b'\\').count()
 }
 
-const ONES: u64 = 0x0101_0101_0101_0101;
-const HIGH: u64 = 0x8080_8080_8080_8080;
-
-/// From here on a string is searched by vector instructions.
-const LONG_STRING: usize = 32;
-
 fn plain_len_long(bytes: &[u8]) -> usize {
     let upto = memchr2(b'"', b'\\', bytes).unwrap_or(bytes.len());
     let plain = &bytes[..upto];
@@ -666,6 +655,90 @@ fn plain_len_long(bytes: &[u8]) -> usize {
         return plain.iter().take_while(|&&byte| byte >= 0x20).count();
     }
     upto
+}
+
+/// The offset behind the escape whose backslash is at `at`.
+fn escape_end(bytes: &[u8], at: usize) -> Result<usize, JsonError> {
+    match bytes.get(at + 1) {
+        Some(b'"' | b'\\' | b'/' | b'b' | b'f' | b'n' | b'r' | b't') => Ok(at + 2),
+        Some(b'u') => {
+            let digits = bytes[at + 2..].iter().take(4).take_while(|byte| byte.is_ascii_hexdigit()).count();
+            let end = at + 2 + digits;
+            match digits {
+                4 => Ok(end),
+                _ if end == bytes.len() => Err(error(end, JsonErrorKind::UnexpectedEnd)),
+                _ => Err(error(end, JsonErrorKind::BadEscape)),
+            }
+        }
+        Some(_) => Err(error(at, JsonErrorKind::BadEscape)),
+        None => Err(error(bytes.len(), JsonErrorKind::UnexpectedEnd)),
+    }
+}
+
+/// The offset behind the number that begins at `at` (RFC 8259 §6).
+#[inline]
+fn number_end(bytes: &[u8], at: usize) -> Result<usize, JsonError> {
+    let start = at + usize::from(bytes.get(at) == Some(&b'-'));
+    let mut at = digits_end(bytes, start)?;
+    if bytes[start] == b'0' && at - start > 1 {
+        return Err(error(start + 1, JsonErrorKind::BadNumber));
+    }
+    if bytes.get(at) == Some(&b'.') {
+        at = digits_end(bytes, at + 1)?;
+    }
+    if let Some(b'e' | b'E') = bytes.get(at) {
+        let signed = matches!(bytes.get(at + 1), Some(b'+' | b'-'));
+        at = digits_end(bytes, at + 1 + usize::from(signed))?;
+    }
+    Ok(at)
+}
+
+/// The offset behind one or more digits.
+#[inline]
+fn digits_end(bytes: &[u8], start: usize) -> Result<usize, JsonError> {
+    let mut at = start;
+    while let Some(eight) = bytes.get(at..).and_then(<[u8]>::first_chunk::<8>) {
+        // Digits become 0 to 9; whatever is more reaches the high bit. Exact up to the lowest hit.
+        let values = u64::from_le_bytes(*eight) ^ (ONES * u64::from(b'0'));
+        let others = (values.wrapping_add(ONES * 0x76) | values) & HIGH;
+        if others != 0 {
+            at += index_of(others);
+            break;
+        }
+        at += 8;
+    }
+    while let Some(b'0'..=b'9') = bytes.get(at) {
+        at += 1;
+    }
+    if at > start {
+        return Ok(at);
+    }
+    let kind = if at < bytes.len() { JsonErrorKind::BadNumber } else { JsonErrorKind::UnexpectedEnd };
+    Err(error(at, kind))
+}
+
+/// The offset behind `true`, `false` or `null`, of which the first letter stands at `at`.
+#[inline]
+fn literal_end(bytes: &[u8], at: usize) -> Result<usize, JsonError> {
+    let rest = &bytes[at..];
+    if rest.starts_with(b"null") || rest.starts_with(b"true") {
+        return Ok(at + 4);
+    }
+    if rest.starts_with(b"false") {
+        return Ok(at + 5);
+    }
+    Err(literal_fault(bytes, at))
+}
+
+#[cold]
+fn literal_fault(bytes: &[u8], at: usize) -> JsonError {
+    let word: &[u8] = match bytes[at] {
+        b't' => b"true",
+        b'f' => b"false",
+        _ => b"null",
+    };
+    let same = word.iter().zip(&bytes[at..]).take_while(|(a, b)| a == b).count();
+    unexpected(bytes, at + same)
 }
 
 /// Walks the members of the object `bytes` begin with; returns the offset behind it.
@@ -781,12 +854,9 @@ fn dull_len(bytes: &[u8]) -> usize {
         let word = u64::from_le_bytes(*eight);
         // `[`|0x20 is `{` and `]`|0x20 is `}`: two tests do for the four brackets.
         let folded = word | (ONES * 0x20);
-        let open = (folded ^ (ONES * b'{' as u64)).wrapping_sub(ONES);
-        let close = (folded ^ (ONES * b'}' as u64)).wrapping_sub(ONES);
-        let quote = (word ^ (ONES * b'"' as u64)).wrapping_sub(ONES);
-        let hits = (open | close | quote) & !word & HIGH;
-        if hits != 0 {
-            return at + (hits.trailing_zeros() / 8) as usize;
+        let stops = hits(folded, b'{') | hits(folded, b'}') | hits(word, b'"');
+        if stops != 0 {
+            return at + index_of(stops);
         }
         at += 8;
     }
@@ -915,7 +985,7 @@ mod tests {
             reader.array(walk).map(drop)
         }
         let text = nested(depth_max + 1);
-        let mut reader = Reader::new(&text).unwrap();
+        let mut reader = Reader::new(&text);
         assert_eq!(walk(&mut reader).unwrap_err().kind, JsonErrorKind::TooDeep);
         // What is only skimmed has no depth.
         let body = [b"{\"a\":", &nested(1 << 20)[..], b"}"].concat();
@@ -1019,7 +1089,7 @@ mod tests {
         match (validate(text), &theirs) {
             (Ok(()), Ok(tree)) => {
                 assert_eq!(&tree_of(skim_value(text, 0).unwrap()), tree, "{name}");
-                let mut walker = Reader::new(text).unwrap();
+                let mut walker = Reader::new(text);
                 assert_eq!(&walk(&mut walker).unwrap(), tree, "{name}");
             }
             (Err(_), Err(_)) => {}
@@ -1064,7 +1134,7 @@ mod tests {
                 })?;
                 Ok(Tree::Array(elements))
             }
-            _ => reader.skip().map(tree_of),
+            _ => reader.value().map(tree_of),
         }
     }
 
@@ -1152,9 +1222,9 @@ mod tests {
                 ControlFlow::Continue(())
             });
             let mut walked = Vec::new();
-            let mut reader = Reader::new(&text).unwrap();
+            let mut reader = Reader::new(&text);
             let other = reader.object(|reader, name| {
-                let value = reader.skip()?;
+                let value = reader.value()?;
                 walked.push((name.to_vec(), value.span(), value.kind()));
                 Ok(())
             });

@@ -133,11 +133,11 @@ struct Check {
 
 impl Check {
     fn read(&mut self, body: &[u8], numbers: bool) -> Result<(), JsonError> {
-        let mut reader = Reader::new(body)?;
+        let mut reader = Reader::new(body);
         if reader.peek()? == Kind::Object {
             reader.object(|reader, name| match name {
                 b"error" => {
-                    self.is_error |= !reader.skip()?.is_blank();
+                    self.is_error |= !reader.value()?.is_blank();
                     Ok(())
                 }
                 _ => self.member(reader, name, numbers),
@@ -150,12 +150,12 @@ impl Check {
 
     fn member(&mut self, reader: &mut Reader<'_>, name: &[u8], numbers: bool) -> Result<(), JsonError> {
         if !numbers {
-            return reader.skip().map(drop);
+            return reader.pass();
         }
         match (name, reader.peek()?) {
             (b"score" | b"relevance_score", Kind::Null) => self.not_finite = true,
             (b"embedding" | b"embeddings", Kind::String) => {
-                let vector = reader.skip()?;
+                let vector = reader.value()?;
                 self.not_finite |= vector.as_str().is_some_and(|base64| mostly_not_finite(&base64));
                 return Ok(());
             }
@@ -167,7 +167,7 @@ impl Check {
     /// Recursion ends at the reader's bound of depth.
     fn value(&mut self, reader: &mut Reader<'_>, numbers: bool) -> Result<(), JsonError> {
         if !numbers {
-            return reader.skip().map(drop);
+            return reader.pass();
         }
         match reader.peek()? {
             Kind::Object => reader.object(|reader, name| self.member(reader, name, numbers)).map(drop),
@@ -175,14 +175,14 @@ impl Check {
                 .array(|reader| match reader.peek()? {
                     Kind::Array | Kind::Object => self.value(reader, numbers),
                     _ => {
-                        let element = reader.skip()?;
+                        let element = reader.value()?;
                         self.not_finite |= element.is_null() || is_infinite(element);
                         Ok(())
                     }
                 })
                 .map(drop),
             _ => {
-                let value = reader.skip()?;
+                let value = reader.value()?;
                 self.not_finite |= is_infinite(value);
                 Ok(())
             }

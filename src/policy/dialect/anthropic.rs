@@ -17,15 +17,13 @@ pub(super) fn read(json: &[u8]) -> Result<EventFacts, JsonError> {
     let mut content = false;
     read_members(json, |reader, name| {
         match name {
-            b"type" => kind = inside(reader.skip()?),
+            b"type" => kind = inside(reader.value()?),
             b"delta" => delta = read_block(reader)?,
             b"content_block" => block = read_block(reader)?,
-            b"error" => is_error |= !reader.skip()?.is_blank(),
-            b"stop_reason" => stop_reason = Finish::of_value(reader.skip()?),
-            b"content" => content = !reader.skip()?.is_blank(),
-            _ => {
-                reader.skip()?;
-            }
+            b"error" => is_error |= !reader.value()?.is_blank(),
+            b"stop_reason" => stop_reason = Finish::of_value(reader.value()?),
+            b"content" => content = !reader.value()?.is_blank(),
+            _ => reader.pass()?,
         }
         Ok(())
     })?;
@@ -62,7 +60,7 @@ struct Block {
 fn read_block(reader: &mut Reader<'_>) -> Result<Block, JsonError> {
     let mut block = Block::default();
     reader.object(|reader, name| {
-        let value = reader.skip()?;
+        let value = reader.value()?;
         match name {
             b"type" => {}
             b"stop_reason" => block.stop_reason = Finish::of_value(value),

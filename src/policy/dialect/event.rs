@@ -94,7 +94,7 @@ impl Choices {
 
     /// Whether there is none.
     pub fn is_empty(self) -> bool {
-        self.count() == 0
+        self.known == 0 && self.beyond == 0
     }
 
     fn union(self, other: Self) -> Self {
@@ -211,7 +211,7 @@ pub(super) fn read_members<'a, F>(json: &'a [u8], on_member: F) -> Result<(), Js
 where
     F: FnMut(&mut Reader<'a>, &[u8]) -> Result<(), JsonError>,
 {
-    let mut reader = Reader::new(json)?;
+    let mut reader = Reader::new(json);
     if let Some(other) = reader.object(on_member)? {
         return Err(JsonError { offset: other.span().start, kind: JsonErrorKind::NotAnObject });
     }

@@ -10,7 +10,7 @@ pub(super) fn read(json: &[u8]) -> Result<EventFacts, JsonError> {
     let mut facts = EventFacts::default();
     let mut is_error = false;
     read_members(json, |reader, name| {
-        let value = reader.skip()?;
+        let value = reader.value()?;
         match name {
             b"error" => is_error |= !value.is_blank(),
             b"id" | b"model_name" | b"model_version" | b"parameters" => {}

@@ -20,17 +20,15 @@ pub(super) fn read(json: &[u8]) -> Result<EventFacts, JsonError> {
     read_members(json, |reader, name| {
         match name {
             b"token" => facts.meaningful |= read_token(reader)?,
-            b"text" => facts.meaningful |= !reader.skip()?.is_blank(),
-            b"generated_text" => generated = !reader.skip()?.is_null(),
+            b"text" => facts.meaningful |= !reader.value()?.is_blank(),
+            b"generated_text" => generated = !reader.value()?.is_null(),
             b"details" | b"meta_info" => finish = read_finish(reader)?.or(finish),
-            b"error" => is_error |= !reader.skip()?.is_blank(),
+            b"error" => is_error |= !reader.value()?.is_blank(),
             b"content" | b"stop" | b"stop_type" | b"index" => {
-                let value = reader.skip()?;
+                let value = reader.value()?;
                 llama.member(name, value, &mut facts);
             }
-            _ => {
-                reader.skip()?;
-            }
+            _ => reader.pass()?,
         }
         Ok(())
     })?;
@@ -53,7 +51,7 @@ pub(super) fn read(json: &[u8]) -> Result<EventFacts, JsonError> {
 fn read_token(reader: &mut Reader<'_>) -> Result<bool, JsonError> {
     let mut text = false;
     reader.object(|reader, name| {
-        let value = reader.skip()?;
+        let value = reader.value()?;
         text |= name == b"text" && !value.is_blank();
         Ok(())
     })?;
@@ -63,7 +61,7 @@ fn read_token(reader: &mut Reader<'_>) -> Result<bool, JsonError> {
 fn read_finish(reader: &mut Reader<'_>) -> Result<Option<Finish>, JsonError> {
     let mut finish = None;
     reader.object(|reader, name| {
-        let value = reader.skip()?;
+        let value = reader.value()?;
         if name == b"finish_reason" {
             finish = Finish::of_value(value);
         }

@@ -16,17 +16,15 @@ pub(super) fn read(json: &[u8]) -> Result<EventFacts, JsonError> {
     read_members(json, |reader, name| {
         match name {
             b"message" => facts.meaningful |= read_message(reader)?,
-            b"response" | b"thinking" => facts.meaningful |= !reader.skip()?.is_blank(),
-            b"done" => ended = reader.skip()?.as_bool() == Some(true),
-            b"done_reason" => reason = Finish::of_value(reader.skip()?),
-            b"error" => is_error |= !reader.skip()?.is_blank(),
+            b"response" | b"thinking" => facts.meaningful |= !reader.value()?.is_blank(),
+            b"done" => ended = reader.value()?.as_bool() == Some(true),
+            b"done_reason" => reason = Finish::of_value(reader.value()?),
+            b"error" => is_error |= !reader.value()?.is_blank(),
             b"choices" => {
-                reader.skip()?;
+                reader.value()?;
                 is_openai = true;
             }
-            _ => {
-                reader.skip()?;
-            }
+            _ => reader.pass()?,
         }
         Ok(())
     })?;
@@ -48,7 +46,7 @@ pub(super) fn read(json: &[u8]) -> Result<EventFacts, JsonError> {
 fn read_message(reader: &mut Reader<'_>) -> Result<bool, JsonError> {
     let mut meaningful = false;
     reader.object(|reader, name| {
-        let value = reader.skip()?;
+        let value = reader.value()?;
         meaningful |= name != b"role" && !value.is_blank();
         Ok(())
     })?;

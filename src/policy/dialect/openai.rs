@@ -23,16 +23,14 @@ pub(super) fn read_chunk(json: &[u8]) -> Result<EventFacts, JsonError> {
             b"choices" => {
                 reader.array(|reader| read_choice(reader, &mut facts))?;
             }
-            b"usage" => usage = !reader.skip()?.is_blank(),
-            b"error" => is_error |= !reader.skip()?.is_blank(),
-            b"object" => is_error |= inside(reader.skip()?) == b"error",
+            b"usage" => usage = !reader.value()?.is_blank(),
+            b"error" => is_error |= !reader.value()?.is_blank(),
+            b"object" => is_error |= inside(reader.value()?) == b"error",
             b"content" | b"stop" | b"stop_type" | b"index" => {
-                let value = reader.skip()?;
+                let value = reader.value()?;
                 native.member(name, value, &mut facts);
             }
-            _ => {
-                reader.skip()?;
-            }
+            _ => reader.pass()?,
         }
         Ok(())
     })?;
@@ -50,13 +48,11 @@ fn read_choice(reader: &mut Reader<'_>, facts: &mut EventFacts) -> Result<(), Js
     let mut meaningful = false;
     reader.object(|reader, name| {
         match name {
-            b"index" => index = reader.skip()?.as_u64().unwrap_or(0),
+            b"index" => index = reader.value()?.as_u64().unwrap_or(0),
             b"delta" | b"message" => meaningful |= read_delta(reader)?,
-            b"text" => meaningful |= !reader.skip()?.is_blank(),
-            b"finish_reason" => finish = Finish::of_value(reader.skip()?),
-            _ => {
-                reader.skip()?;
-            }
+            b"text" => meaningful |= !reader.value()?.is_blank(),
+            b"finish_reason" => finish = Finish::of_value(reader.value()?),
+            _ => reader.pass()?,
         }
         Ok(())
     })?;
@@ -73,7 +69,7 @@ fn read_choice(reader: &mut Reader<'_>, facts: &mut EventFacts) -> Result<(), Js
 fn read_delta(reader: &mut Reader<'_>) -> Result<bool, JsonError> {
     let mut meaningful = false;
     reader.object(|reader, name| {
-        let value = reader.skip()?;
+        let value = reader.value()?;
         meaningful |= name != b"role" && !value.is_blank();
         Ok(())
     })?;
@@ -91,7 +87,7 @@ pub(super) fn read_response_event(json: &[u8]) -> Result<EventFacts, JsonError> 
     let mut details = None;
     let mut is_error = false;
     read_members(json, |reader, name| {
-        let value = reader.skip()?;
+        let value = reader.value()?;
         match name {
             b"type" => kind = inside(value),
             b"object" => object = inside(value),
