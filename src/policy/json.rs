@@ -428,15 +428,9 @@ impl<'a> Reader<'a> {
         Ok(())
     }
 
-    /// Passes white space; the byte that follows, 0 at the end (and 0 may stand nowhere).
     #[inline]
     fn visible(&mut self) -> u8 {
-        let byte = byte_at(self.bytes, self.at);
-        if byte > b' ' {
-            return byte;
-        }
-        self.at = next_visible(self.bytes, self.at);
-        byte_at(self.bytes, self.at)
+        visible(self.bytes, &mut self.at)
     }
 
     /// Passes `close` if it is next.
@@ -483,49 +477,72 @@ impl<'a> Reader<'a> {
     /// Reads an array or object, without recursion: one bit a level says which of the two it is.
     fn nested(&mut self) -> Result<(), JsonError> {
         const { assert!(DEPTH_MAX <= u128::BITS) };
-        let outside = self.depth;
+        let bytes = self.bytes;
+        let mut at = self.at;
+        let mut depth = self.depth;
         let mut objects = 0_u128;
         loop {
             // In front of a value.
-            match self.peek()? {
-                Kind::Object => {
-                    self.descend()?;
-                    if !self.closes(b'}') {
-                        objects = objects << 1 | 1;
-                        self.name()?;
+            at = match visible(bytes, &mut at) {
+                b'"' => string_end(bytes, at)?,
+                b'-' | b'0'..=b'9' => number_end(bytes, at)?,
+                b't' | b'f' | b'n' => literal_end(bytes, at)?,
+                open @ (b'{' | b'[') => {
+                    if depth == DEPTH_MAX {
+                        return Err(error(at, JsonErrorKind::TooDeep));
+                    }
+                    at += 1;
+                    // `{` and `}`, `[` and `]` are two apart.
+                    if visible(bytes, &mut at) == open + 2 {
+                        at + 1
+                    } else {
+                        depth += 1;
+                        objects = objects << 1 | u128::from(open == b'{');
+                        if open == b'{' {
+                            at = name_end(bytes, at)?;
+                        }
                         continue;
                     }
-                    self.depth -= 1;
                 }
-                Kind::Array => {
-                    self.descend()?;
-                    if !self.closes(b']') {
-                        objects <<= 1;
-                        continue;
-                    }
-                    self.depth -= 1;
-                }
-                Kind::String => self.at = string_end(self.bytes, self.at)?,
-                Kind::Number => self.at = number_end(self.bytes, self.at)?,
-                Kind::Bool | Kind::Null => self.at = literal_end(self.bytes, self.at)?,
-            }
+                _ => return Err(unexpected(bytes, at)),
+            };
             // Behind a value.
             loop {
-                if self.depth == outside {
+                if depth == self.depth {
+                    self.at = at;
                     return Ok(());
                 }
                 let in_object = objects & 1 == 1;
-                if !self.separator(if in_object { b'}' } else { b']' })? {
+                let byte = visible(bytes, &mut at);
+                if byte == b',' {
+                    at += 1;
                     if in_object {
-                        self.name()?;
+                        at = name_end(bytes, at)?;
                     }
                     break;
                 }
+                if byte != if in_object { b'}' } else { b']' } {
+                    return Err(unexpected(bytes, at));
+                }
+                at += 1;
                 objects >>= 1;
-                self.depth -= 1;
+                depth -= 1;
             }
         }
     }
+}
+
+/// The offset behind a member's name and colon, white space before it allowed.
+#[inline]
+fn name_end(bytes: &[u8], mut at: usize) -> Result<usize, JsonError> {
+    if visible(bytes, &mut at) != b'"' {
+        return Err(unexpected(bytes, at));
+    }
+    at = string_end(bytes, at)?;
+    if visible(bytes, &mut at) != b':' {
+        return Err(unexpected(bytes, at));
+    }
+    Ok(at + 1)
 }
 
 /// A member's name as written.
@@ -543,6 +560,17 @@ fn error(offset: usize, kind: JsonErrorKind) -> JsonError {
 #[cold]
 fn unexpected(bytes: &[u8], at: usize) -> JsonError {
     error(at, if at < bytes.len() { JsonErrorKind::UnexpectedByte } else { JsonErrorKind::UnexpectedEnd })
+}
+
+/// Passes white space; the byte that follows, 0 at the end (and 0 may stand nowhere).
+#[inline]
+fn visible(bytes: &[u8], at: &mut usize) -> u8 {
+    let byte = byte_at(bytes, *at);
+    if byte > b' ' {
+        return byte;
+    }
+    *at = next_visible(bytes, *at);
+    byte_at(bytes, *at)
 }
 
 #[inline]
@@ -574,6 +602,13 @@ fn control_hits(word: u64) -> u64 {
     word.wrapping_sub(ONES * 0x20) & !word & HIGH
 }
 
+/// The same for bytes that are no digits: digits become 0 to 9, and whatever is more reaches the high bit.
+#[inline]
+fn non_digits(word: u64) -> u64 {
+    let values = word ^ (ONES * u64::from(b'0'));
+    (values.wrapping_add(ONES * 0x76) | values) & HIGH
+}
+
 #[inline]
 fn index_of(hits: u64) -> usize {
     (hits.trailing_zeros() / 8) as usize
@@ -581,11 +616,11 @@ fn index_of(hits: u64) -> usize {
 
 /// From here on a string is searched by vector instructions; eight bytes at a time beats calling those
 /// for the short ones, which most strings of an event are.
-const LONG_STRING: usize = 32;
+const LONG_STRING: usize = 64;
 
-/// The offset behind the string whose opening quote is at `at`.
+/// The offset behind the string whose opening quote is at `at`, all of it checked.
 #[inline]
-fn string_end(bytes: &[u8], at: usize) -> Result<usize, JsonError> {
+pub(super) fn string_end(bytes: &[u8], at: usize) -> Result<usize, JsonError> {
     match plain_string_end(bytes, at) {
         Some(end) => Ok(end),
         None => any_string_end(bytes, at),
@@ -675,9 +710,22 @@ fn escape_end(bytes: &[u8], at: usize) -> Result<usize, JsonError> {
     }
 }
 
-/// The offset behind the number that begins at `at` (RFC 8259 §6).
+/// The offset behind the number that begins at `at`.
 #[inline]
 fn number_end(bytes: &[u8], at: usize) -> Result<usize, JsonError> {
+    // Indexes and token ids: up to seven digits and nothing else.
+    if let Some(eight) = bytes.get(at..).and_then(<[u8]>::first_chunk::<8>) {
+        let others = non_digits(u64::from_le_bytes(*eight));
+        let end = at + index_of(others);
+        if end > at && others != 0 && bytes[at] != b'0' && !matches!(bytes[end], b'.' | b'e' | b'E') {
+            return Ok(end);
+        }
+    }
+    any_number_end(bytes, at)
+}
+
+/// Any number (RFC 8259 §6).
+fn any_number_end(bytes: &[u8], at: usize) -> Result<usize, JsonError> {
     let start = at + usize::from(bytes.get(at) == Some(&b'-'));
     let mut at = digits_end(bytes, start)?;
     if bytes[start] == b'0' && at - start > 1 {
@@ -698,9 +746,7 @@ fn number_end(bytes: &[u8], at: usize) -> Result<usize, JsonError> {
 fn digits_end(bytes: &[u8], start: usize) -> Result<usize, JsonError> {
     let mut at = start;
     while let Some(eight) = bytes.get(at..).and_then(<[u8]>::first_chunk::<8>) {
-        // Digits become 0 to 9; whatever is more reaches the high bit. Exact up to the lowest hit.
-        let values = u64::from_le_bytes(*eight) ^ (ONES * u64::from(b'0'));
-        let others = (values.wrapping_add(ONES * 0x76) | values) & HIGH;
+        let others = non_digits(u64::from_le_bytes(*eight));
         if others != 0 {
             at += index_of(others);
             break;

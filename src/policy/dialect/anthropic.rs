@@ -3,7 +3,7 @@
 //! event name and in the data; the data is believed.
 
 use super::error::classify_error_body;
-use super::event::{EventFacts, Finish, inside, read_members};
+use super::event::{EventFacts, Finish, TextKind, inside, read_members};
 use crate::policy::json::{JsonError, Reader};
 
 /// An event; also a whole `message`.
@@ -28,7 +28,7 @@ pub(super) fn read(json: &[u8]) -> Result<EventFacts, JsonError> {
         Ok(())
     })?;
     match kind {
-        b"content_block_delta" => facts.meaningful = delta.says_something,
+        b"content_block_delta" => (facts.meaningful, facts.text) = (delta.said.meaningful, delta.said.text),
         b"content_block_start" => facts.meaningful = block.begins_with_something,
         b"message_delta" => stop_reason = delta.stop_reason,
         b"message_stop" => facts.done = true,
@@ -50,8 +50,8 @@ pub(super) fn read(json: &[u8]) -> Result<EventFacts, JsonError> {
 
 #[derive(Default)]
 struct Block {
-    /// A member beside the type is not empty.
-    says_something: bool,
+    /// What the members beside the type say.
+    said: EventFacts,
     /// The name of a tool, or text that came with the start of its block.
     begins_with_something: bool,
     stop_reason: Option<Finish>,
@@ -66,9 +66,10 @@ fn read_block(reader: &mut Reader<'_>) -> Result<Block, JsonError> {
             b"stop_reason" => block.stop_reason = Finish::of_value(value),
             b"text" | b"thinking" | b"name" => {
                 block.begins_with_something |= !value.is_blank();
-                block.says_something |= !value.is_blank();
+                let kind = if name == b"text" { TextKind::Content } else { TextKind::Reasoning };
+                block.said.say(value, kind);
             }
-            _ => block.says_something |= !value.is_blank(),
+            _ => block.said.say(value, TextKind::Other),
         }
         Ok(())
     })?;

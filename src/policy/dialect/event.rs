@@ -7,7 +7,7 @@ use std::fmt;
 
 use super::error::classify_error_body;
 use super::{Endpoint, ErrorClass, anthropic, kserve, native, ollama, openai};
-use crate::policy::json::{JsonError, JsonErrorKind, Kind, Reader, Value};
+use crate::policy::json::{JsonError, JsonErrorKind, Kind, Reader, Value, string_end};
 use crate::sse::Event;
 
 /// Why a choice ended.
@@ -107,12 +107,37 @@ impl Choices {
     }
 }
 
+/// Whose words a piece of text is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TextKind {
+    /// The answer itself.
+    Content,
+    /// The thinking before it.
+    Reasoning,
+    /// Something else that the client is told: a refusal, the arguments of a tool call, an output under
+    /// a name of its own.
+    Other,
+}
+
+/// A piece of text as it stands in the data of an event: between its quotes, escapes and all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Text {
+    /// Offset of its first byte.
+    pub start: usize,
+    /// Offset behind its last byte.
+    pub end: usize,
+    /// Whose words it is.
+    pub kind: TextKind,
+}
+
 /// What one event says.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct EventFacts {
     /// It carries a token: text, reasoning, refusal or a part of a tool call. Roles, empty chunks,
     /// pings, comments and usage do not.
     pub meaningful: bool,
+    /// Where its token stands, when it carries one piece of text and nothing else.
+    pub text: Option<Text>,
     /// The worst end of a choice in this event; see `finished` for which of them are good.
     pub finish: Option<Finish>,
     /// Choices it speaks of.
@@ -147,6 +172,17 @@ impl fmt::Display for InvalidEvent {
 impl std::error::Error for InvalidEvent {}
 
 impl EventFacts {
+    /// Notes something that the client is told, unless it is blank.
+    pub(super) fn say(&mut self, value: Value<'_>, kind: TextKind) {
+        if value.is_blank() {
+            return;
+        }
+        let alone = !self.meaningful && value.kind() == Kind::String;
+        let span = value.span();
+        self.text = alone.then(|| Text { start: span.start + 1, end: span.end - 1, kind });
+        self.meaningful = true;
+    }
+
     /// Notes the end of a choice. The worst one of an event wins.
     pub(super) fn finish_choice(&mut self, index: u64, finish: Finish) {
         if finish.is_good() {
@@ -181,6 +217,69 @@ pub fn read_event(endpoint: Endpoint, event: &Event<'_>) -> Result<EventFacts, I
         facts.error = Some(classify_error_body(event.data));
     }
     Ok(facts)
+}
+
+/// Reads the events of one stream, and knows the last one.
+///
+/// The chunks of a stream differ in their token and in little else. An event that equals the last one
+/// but for what stands between the quotes of its text, and has a valid string there, is valid and says the
+/// same: that is seen at a tenth of the cost of reading it. Everything else goes through [`read_event`],
+/// and the two agree on every input.
+#[derive(Clone, Debug)]
+pub struct EventReader {
+    endpoint: Endpoint,
+    last: Vec<u8>,
+    /// Of `last`; its `text` is `Some` unless `last` is empty.
+    facts: EventFacts,
+}
+
+/// Larger events are not remembered: with logprobs or token ids no two are alike.
+const REMEMBERED_BYTES_MAX: usize = 2048;
+
+impl EventReader {
+    /// For a stream that answers a request to `endpoint`.
+    pub fn new(endpoint: Endpoint) -> Self {
+        Self { endpoint, last: Vec::new(), facts: EventFacts::default() }
+    }
+
+    /// What [`read_event`] says.
+    pub fn read(&mut self, event: &Event<'_>) -> Result<EventFacts, InvalidEvent> {
+        if let Some(facts) = self.recognise(event) {
+            return Ok(facts);
+        }
+        let facts = read_event(self.endpoint, event)?;
+        let only_text = facts.text.is_some()
+            && facts.finish.is_none()
+            && facts.error.is_none()
+            && facts.sequence.is_none()
+            && !facts.done;
+        if only_text && event.data.len() <= REMEMBERED_BYTES_MAX {
+            self.last.clear();
+            self.last.extend_from_slice(event.data);
+            self.facts = facts;
+        }
+        Ok(facts)
+    }
+
+    fn recognise(&self, event: &Event<'_>) -> Option<EventFacts> {
+        let text = self.facts.text?;
+        // The quotes belong to the frame around the hole.
+        let (before, after) = (&self.last[..text.start], &self.last[text.end..]);
+        let data = event.data;
+        if event.error_field.is_some()
+            || event.name == Some(b"error")
+            || data.len() <= before.len() + after.len()
+            || !data.starts_with(before)
+            || !data.ends_with(after)
+        {
+            return None;
+        }
+        let end = data.len() - after.len();
+        if string_end(data, text.start - 1) != Ok(end + 1) {
+            return None;
+        }
+        Some(EventFacts { text: Some(Text { end, ..text }), ..self.facts })
+    }
 }
 
 /// Reads one object of an answer: an event's data, or a whole answer of the same dialect.
@@ -282,6 +381,7 @@ impl StreamProgress {
 mod tests {
     use super::*;
     use crate::sse::{Decoder, Lines};
+    use proptest::prelude::*;
     use std::ops::ControlFlow;
 
     struct Read {
@@ -296,9 +396,12 @@ mod tests {
         let mut progress = StreamProgress::new(choices);
         let mut errors = Vec::new();
         let mut events: Vec<String> = Vec::new();
+        let mut reader = EventReader::new(endpoint);
         let on_event = |event: Event<'_>| {
             let mut letters = String::new();
-            match read_event(endpoint, &event) {
+            let result = read_event(endpoint, &event);
+            assert_eq!(reader.read(&event), result);
+            match result {
                 Err(InvalidEvent::Json(_)) => letters.push('!'),
                 Ok(facts) => {
                     let mut note = |is: bool, letter: char| letters.extend(is.then_some(letter));
@@ -629,6 +732,119 @@ mod tests {
         for (reason, letters) in [("repetition", "f"), ("error", "x"), ("", "."), ("content_filter", "f")] {
             let wire = chat(&[&format!(r#"{{"index":0,"delta":{{}},"finish_reason":"{reason}"}}"#)]);
             assert_eq!(read(Endpoint::ChatCompletions, 1, &wire).letters, letters, "{reason}");
+        }
+    }
+
+    #[test]
+    fn the_text_of_a_token_is_found() {
+        for (endpoint, data, text, kind) in [
+            (
+                Endpoint::ChatCompletions,
+                r#"{"choices":[{"delta":{"content":"a\"b"}}]}"#,
+                r#"a\"b"#,
+                TextKind::Content,
+            ),
+            (
+                Endpoint::ChatCompletions,
+                r#"{"choices":[{"delta":{"reasoning":"h"}}]}"#,
+                "h",
+                TextKind::Reasoning,
+            ),
+            (Endpoint::Completions, r#"{"choices":[{"text":" x"}]}"#, " x", TextKind::Content),
+            (Endpoint::LlamaCompletion, r#"{"content":"x","stop":false}"#, "x", TextKind::Content),
+            (Endpoint::GenerateStream, r#"{"token":{"id":1,"text":"x"}}"#, "x", TextKind::Content),
+            (Endpoint::OllamaChat, r#"{"message":{"thinking":"x","content":""}}"#, "x", TextKind::Reasoning),
+            (Endpoint::OllamaGenerate, r#"{"response":"x","done":false}"#, "x", TextKind::Content),
+            (Endpoint::KserveGenerateStream, r#"{"text_output":"x"}"#, "x", TextKind::Content),
+            (
+                Endpoint::AnthropicMessages,
+                r#"{"type":"content_block_delta","delta":{"type":"text_delta","text":"x"}}"#,
+                "x",
+                TextKind::Content,
+            ),
+            (
+                Endpoint::Responses,
+                r#"{"type":"response.output_text.delta","delta":"x"}"#,
+                "x",
+                TextKind::Content,
+            ),
+        ] {
+            let facts = read_object(endpoint, data.as_bytes()).unwrap();
+            let found = facts.text.unwrap();
+            assert_eq!((&data[found.start..found.end], found.kind), (text, kind), "{data}");
+        }
+        for data in [
+            r#"{"choices":[{"delta":{"content":"a","reasoning":"b"}}]}"#,
+            r#"{"choices":[{"delta":{"content":"a","tool_calls":[{}]}}]}"#,
+            r#"{"choices":[{"text":"a"},{"text":"b","index":1}]}"#,
+            r#"{"choices":[{"delta":{"content":""}}]}"#,
+        ] {
+            assert_eq!(read_object(Endpoint::ChatCompletions, data.as_bytes()).unwrap().text, None, "{data}");
+        }
+    }
+
+    fn event(data: &[u8]) -> Event<'_> {
+        Event { name: None, data, has_data: true, error_field: None, raw: data, start: 0, end: data.len() }
+    }
+
+    #[test]
+    fn an_event_is_recognised_only_when_its_text_alone_differs() {
+        let wrap = |text: &str, end: &str| {
+            format!(
+                r#"{{"id":"1","choices":[{{"index":0,"delta":{{"content":"{text}"}},"finish_reason":{end}}}]}}"#
+            )
+        };
+        let mut reader = EventReader::new(Endpoint::ChatCompletions);
+        reader.read(&event(wrap("Hi", "null").as_bytes())).unwrap();
+        for text in ["x", "a longer one", "\\n", "\\\"", "\u{e9}", "\\u00e9"] {
+            let data = wrap(text, "null");
+            let facts = reader.recognise(&event(data.as_bytes())).unwrap();
+            assert_eq!(Ok(facts), read_event(Endpoint::ChatCompletions, &event(data.as_bytes())), "{text}");
+        }
+        // Not a token; not a string; two strings; another end.
+        for text in [
+            "",
+            "\u{1}",
+            "\\x",
+            "\\",
+            "a\"",
+            "a\",\"role\":\"b",
+            "a\"},\"finish_reason\":\"stop\",\"x\":{\"y\":\"",
+        ] {
+            assert_eq!(reader.recognise(&event(wrap(text, "null").as_bytes())), None, "{text}");
+        }
+        assert_eq!(reader.recognise(&event(wrap("x", "\"stop\"").as_bytes())), None);
+        let bad =
+            [&wrap("x", "null").as_bytes()[..40], b"\xFF", &wrap("x", "null").as_bytes()[40..]].concat();
+        assert_eq!(reader.recognise(&event(&bad)), None);
+    }
+
+    proptest! {
+        /// Streams of events that are nearly alike, some of them damaged.
+        #[test]
+        fn knowing_the_last_event_changes_nothing(
+            events in prop::collection::vec(
+                (
+                    prop::sample::select(vec!["content", "reasoning", "role"]),
+                    prop::sample::select(vec!["", "x", "Hi", "\\n", "\\", "\"", "\u{e9}", "\",\"content\":\"y", "\u{1}"]),
+                    prop::sample::select(vec!["null", "\"stop\"", "\"abort\""]),
+                    prop::option::weighted(0.2, any::<(prop::sample::Index, u8)>()),
+                ),
+                0..20,
+            ),
+        ) {
+            let mut reader = EventReader::new(Endpoint::ChatCompletions);
+            for (name, text, end, damage) in events {
+                let mut data = format!(
+                    r#"{{"choices":[{{"index":0,"delta":{{"{name}":"{text}"}},"finish_reason":{end}}}]}}"#
+                ).into_bytes();
+                if let Some((place, byte)) = damage {
+                    let place = place.index(data.len());
+                    data[place] = byte;
+                }
+                let event = event(&data);
+                prop_assert_eq!(reader.read(&event), read_event(Endpoint::ChatCompletions, &event));
+            }
         }
     }
 }

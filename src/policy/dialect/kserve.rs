@@ -2,7 +2,7 @@
 //! (`text_output` by custom), and nothing marks the end of a generation but the end of the body.
 
 use super::error::classify_error_body;
-use super::event::{EventFacts, read_members};
+use super::event::{EventFacts, TextKind, read_members};
 use crate::policy::json::JsonError;
 
 /// An event; also a whole answer of `generate`.
@@ -15,12 +15,13 @@ pub(super) fn read(json: &[u8]) -> Result<EventFacts, JsonError> {
             b"error" => is_error |= !value.is_blank(),
             b"id" | b"model_name" | b"model_version" | b"parameters" => {}
             b"sequence_id" | b"sequence_start" | b"sequence_end" => {}
-            _ => facts.meaningful |= !value.is_blank(),
+            b"text_output" => facts.say(value, TextKind::Content),
+            _ => facts.say(value, TextKind::Other),
         }
         Ok(())
     })?;
     if is_error {
-        facts.meaningful = false;
+        (facts.meaningful, facts.text) = (false, None);
         facts.error = Some(classify_error_body(json));
     }
     Ok(facts)

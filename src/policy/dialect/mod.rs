@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! request head ─▶ Endpoint::of ─▶ request_facts(body)       may it be sent again, whose model, a stream?
-//! answer       ─▶ read_event(event) ─▶ StreamProgress       is this a token, an end, an error; is it whole?
+//! answer       ─▶ EventReader (read_event) ─▶ StreamProgress   is this a token, an end, an error; is it whole?
 //!              ─▶ check_answer(body)                        the same for an answer in one piece
 //! own errors   ─▶ error_body, error_event                   in the words the client's SDK understands
 //! ```
@@ -32,7 +32,9 @@ pub use error::{
     ErrorClass, classify_error_answer, classify_error_body, is_content_filter, is_context_length,
     is_model_not_found,
 };
-pub use event::{Choices, EventFacts, Finish, InvalidEvent, StreamProgress, read_event};
+pub use event::{
+    Choices, EventFacts, EventReader, Finish, InvalidEvent, StreamProgress, Text, TextKind, read_event,
+};
 pub use grpc::{grpc_class, grpc_message, grpc_status};
 pub use rejection::{Rejection, error_body, error_event};
 pub use request::{RequestFacts, request_facts};

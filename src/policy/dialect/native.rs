@@ -7,7 +7,7 @@
 //!   `{"type":"stop"|"length"|"abort",…}`; then `[DONE]`. `text` is cumulative by default.
 
 use super::error::classify_error_body;
-use super::event::{EventFacts, Finish, read_members};
+use super::event::{EventFacts, Finish, TextKind, read_members};
 use crate::policy::json::{JsonError, Kind, Reader, Value};
 
 /// An event; also a whole answer that is an object.
@@ -19,8 +19,8 @@ pub(super) fn read(json: &[u8]) -> Result<EventFacts, JsonError> {
     let mut finish = None;
     read_members(json, |reader, name| {
         match name {
-            b"token" => facts.meaningful |= read_token(reader)?,
-            b"text" => facts.meaningful |= !reader.value()?.is_blank(),
+            b"token" => read_token(reader, &mut facts)?,
+            b"text" => facts.say(reader.value()?, TextKind::Content),
             b"generated_text" => generated = !reader.value()?.is_null(),
             b"details" | b"meta_info" => finish = read_finish(reader)?.or(finish),
             b"error" => is_error |= !reader.value()?.is_blank(),
@@ -47,15 +47,15 @@ pub(super) fn read(json: &[u8]) -> Result<EventFacts, JsonError> {
     Ok(facts)
 }
 
-/// Whether a TGI token has text.
-fn read_token(reader: &mut Reader<'_>) -> Result<bool, JsonError> {
-    let mut text = false;
+fn read_token(reader: &mut Reader<'_>, facts: &mut EventFacts) -> Result<(), JsonError> {
     reader.object(|reader, name| {
         let value = reader.value()?;
-        text |= name == b"text" && !value.is_blank();
+        if name == b"text" {
+            facts.say(value, TextKind::Content);
+        }
         Ok(())
     })?;
-    Ok(text)
+    Ok(())
 }
 
 fn read_finish(reader: &mut Reader<'_>) -> Result<Option<Finish>, JsonError> {
@@ -84,7 +84,7 @@ impl NativeEnd {
         match name {
             b"content" => {
                 self.content = value.kind() == Kind::String;
-                facts.meaningful |= !value.is_blank();
+                facts.say(value, TextKind::Content);
             }
             b"stop" => self.stop = value.as_bool() == Some(true),
             // "none" while it runs.

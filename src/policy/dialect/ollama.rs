@@ -2,9 +2,9 @@
 //! OpenAI's shape, which is recognised by its `choices`.
 
 use super::error::classify_error_body;
-use super::event::{EventFacts, Finish, read_members};
+use super::event::{EventFacts, Finish, TextKind, read_members};
 use super::openai;
-use crate::policy::json::{JsonError, Reader};
+use crate::policy::json::JsonError;
 
 /// A line; also a whole answer.
 pub(super) fn read(json: &[u8]) -> Result<EventFacts, JsonError> {
@@ -15,8 +15,9 @@ pub(super) fn read(json: &[u8]) -> Result<EventFacts, JsonError> {
     let mut reason = None;
     read_members(json, |reader, name| {
         match name {
-            b"message" => facts.meaningful |= read_message(reader)?,
-            b"response" | b"thinking" => facts.meaningful |= !reader.value()?.is_blank(),
+            b"message" => openai::read_delta(reader, &mut facts)?,
+            b"response" => facts.say(reader.value()?, TextKind::Content),
+            b"thinking" => facts.say(reader.value()?, TextKind::Reasoning),
             b"done" => ended = reader.value()?.as_bool() == Some(true),
             b"done_reason" => reason = Finish::of_value(reader.value()?),
             b"error" => is_error |= !reader.value()?.is_blank(),
@@ -41,14 +42,4 @@ pub(super) fn read(json: &[u8]) -> Result<EventFacts, JsonError> {
         facts.done = true;
     }
     Ok(facts)
-}
-
-fn read_message(reader: &mut Reader<'_>) -> Result<bool, JsonError> {
-    let mut meaningful = false;
-    reader.object(|reader, name| {
-        let value = reader.value()?;
-        meaningful |= name != b"role" && !value.is_blank();
-        Ok(())
-    })?;
-    Ok(meaningful)
 }

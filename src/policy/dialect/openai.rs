@@ -7,7 +7,7 @@
 //! 2025); llama.cpp's own shape under `/completions`, which it serves there without `/v1`.
 
 use super::error::classify_error_body;
-use super::event::{EventFacts, Finish, inside, read_members};
+use super::event::{EventFacts, Finish, TextKind, inside, read_members};
 use super::native::NativeEnd;
 use crate::policy::json::{JsonError, Kind, Reader, Value};
 
@@ -45,35 +45,37 @@ pub(super) fn read_chunk(json: &[u8]) -> Result<EventFacts, JsonError> {
 fn read_choice(reader: &mut Reader<'_>, facts: &mut EventFacts) -> Result<(), JsonError> {
     let mut index = 0;
     let mut finish = None;
-    let mut meaningful = false;
     reader.object(|reader, name| {
         match name {
             b"index" => index = reader.value()?.as_u64().unwrap_or(0),
-            b"delta" | b"message" => meaningful |= read_delta(reader)?,
-            b"text" => meaningful |= !reader.value()?.is_blank(),
+            b"delta" | b"message" => read_delta(reader, facts)?,
+            b"text" => facts.say(reader.value()?, TextKind::Content),
             b"finish_reason" => finish = Finish::of_value(reader.value()?),
             _ => reader.pass()?,
         }
         Ok(())
     })?;
     facts.choices.insert(index);
-    facts.meaningful |= meaningful;
     if let Some(finish) = finish {
         facts.finish_choice(index, finish);
     }
     Ok(())
 }
 
-/// Whether a delta carries anything. Every member but the role counts, known or not: engines keep adding
-/// some (`reasoning`, `reasoning_content`, `audio`), and a token that goes unnoticed looks like a stall.
-fn read_delta(reader: &mut Reader<'_>) -> Result<bool, JsonError> {
-    let mut meaningful = false;
+/// Reads a delta. Every member but the role says something, known or not: engines keep adding some
+/// (`reasoning_content`, `audio`), and a token that goes unnoticed looks like a stall.
+pub(super) fn read_delta(reader: &mut Reader<'_>, facts: &mut EventFacts) -> Result<(), JsonError> {
     reader.object(|reader, name| {
         let value = reader.value()?;
-        meaningful |= name != b"role" && !value.is_blank();
+        match name {
+            b"role" => {}
+            b"content" => facts.say(value, TextKind::Content),
+            b"reasoning" | b"reasoning_content" | b"thinking" => facts.say(value, TextKind::Reasoning),
+            _ => facts.say(value, TextKind::Other),
+        }
         Ok(())
     })?;
-    Ok(meaningful)
+    Ok(())
 }
 
 /// An event of the Responses API; also a whole `response`.
@@ -81,7 +83,7 @@ pub(super) fn read_response_event(json: &[u8]) -> Result<EventFacts, JsonError> 
     let mut facts = EventFacts::default();
     let mut kind: &[u8] = b"";
     let mut object: &[u8] = b"";
-    let mut delta = false;
+    let mut delta = None;
     let mut response: Option<Value<'_>> = None;
     let mut status = None;
     let mut details = None;
@@ -91,7 +93,7 @@ pub(super) fn read_response_event(json: &[u8]) -> Result<EventFacts, JsonError> 
         match name {
             b"type" => kind = inside(value),
             b"object" => object = inside(value),
-            b"delta" | b"text" => delta |= !value.is_blank(),
+            b"delta" | b"text" => delta = Some(value),
             b"sequence_number" => facts.sequence = value.as_u64(),
             b"response" => response = Some(value),
             b"error" => is_error |= !value.is_blank(),
@@ -128,7 +130,9 @@ pub(super) fn read_response_event(json: &[u8]) -> Result<EventFacts, JsonError> 
         },
         _ => None,
     };
-    facts.meaningful = delta && !is_error;
+    if let Some(value) = delta.filter(|_| !is_error) {
+        facts.say(value, text_kind(kind));
+    }
     if let Some(finish) = ended {
         facts.finish_choice(0, finish);
         facts.done = true;
@@ -144,4 +148,15 @@ pub(super) fn read_response_event(json: &[u8]) -> Result<EventFacts, JsonError> 
 fn incomplete(details: Option<Value<'_>>) -> Finish {
     let reason = details.and_then(|details| details.get("reason"));
     reason.and_then(Finish::of_value).unwrap_or(Finish::Length)
+}
+
+/// Whose words the delta of an event type is.
+fn text_kind(event: &[u8]) -> TextKind {
+    if event.starts_with(b"response.output_text") {
+        TextKind::Content
+    } else if event.starts_with(b"response.reasoning") {
+        TextKind::Reasoning
+    } else {
+        TextKind::Other
+    }
 }
