@@ -820,11 +820,17 @@ where
 /// Reads the name at `at` and its colon; returns the offset behind the colon.
 fn skim_name(bytes: &[u8], at: usize) -> Result<(Cow<'_, [u8]>, usize), JsonError> {
     expect(bytes, at, b'"')?;
-    let end = skim_string(bytes, at)?;
-    let inside = &bytes[at + 1..end - 1];
+    let (name, end) = match plain_string_end(bytes, at) {
+        Some(end) => (Cow::Borrowed(&bytes[at + 1..end - 1]), end),
+        None => {
+            let end = skim_long_string(bytes, at)?;
+            let inside = &bytes[at + 1..end - 1];
+            (unescape(inside).unwrap_or(Cow::Borrowed(inside)), end)
+        }
+    };
     let colon = next_visible(bytes, end);
     expect(bytes, colon, b':')?;
-    Ok((unescape(inside).unwrap_or(Cow::Borrowed(inside)), colon + 1))
+    Ok((name, colon + 1))
 }
 
 fn expect(bytes: &[u8], at: usize, wanted: u8) -> Result<(), JsonError> {
@@ -852,7 +858,15 @@ fn skim_value(bytes: &[u8], at: usize) -> Result<Value<'_>, JsonError> {
 }
 
 /// The offset behind the string that begins at `at`.
+#[inline]
 fn skim_string(bytes: &[u8], at: usize) -> Result<usize, JsonError> {
+    match plain_string_end(bytes, at) {
+        Some(end) => Ok(end),
+        None => skim_long_string(bytes, at),
+    }
+}
+
+fn skim_long_string(bytes: &[u8], at: usize) -> Result<usize, JsonError> {
     let mut at = at + 1;
     while let Some(i) = bytes.get(at..).and_then(|rest| memchr2(b'"', b'\\', rest)) {
         if bytes[at + i] == b'"' {
