@@ -248,12 +248,9 @@ impl EventReader {
             return Ok(facts);
         }
         let facts = read_event(self.endpoint, event)?;
-        let only_text = facts.text.is_some()
-            && facts.finish.is_none()
-            && facts.error.is_none()
-            && facts.sequence.is_none()
-            && !facts.done;
-        if only_text && event.data.len() <= REMEMBERED_BYTES_MAX {
+        // The class of an error may depend on its words; nothing else does on the text.
+        let rememberable = facts.text.is_some() && facts.error.is_none();
+        if rememberable && event.data.len() <= REMEMBERED_BYTES_MAX {
             self.last.clear();
             self.last.extend_from_slice(event.data);
             self.facts = facts;
