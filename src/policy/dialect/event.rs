@@ -553,6 +553,8 @@ mod tests {
                     \"details\":{\"finish_reason\":\"eos_token\",\"generated_tokens\":2,\"seed\":null}}\n\n";
         let whole = read(Endpoint::GenerateStream, 1, wire);
         assert_eq!(whole.letters, "t tf");
+        let special = r#"{"token":{"id":2,"text":"</s>","special":true},"generated_text":null}"#;
+        assert!(!read_object(Endpoint::GenerateStream, special.as_bytes()).unwrap().meaningful);
         assert!(whole.progress.complete() && !whole.progress.done());
 
         let busy = "data:{\"error\":\"Model is overloaded\",\"error_type\":\"overloaded\"}\n\n";

@@ -47,14 +47,22 @@ pub(super) fn read(json: &[u8]) -> Result<EventFacts, JsonError> {
     Ok(facts)
 }
 
+/// Special tokens (`</s>`) are shown by their name and are no part of the answer.
 fn read_token(reader: &mut Reader<'_>, facts: &mut EventFacts) -> Result<(), JsonError> {
+    let mut text = None;
+    let mut special = false;
     reader.object(|reader, name| {
         let value = reader.value()?;
-        if name == b"text" {
-            facts.say(value, TextKind::Content);
+        match name {
+            b"text" => text = Some(value),
+            b"special" => special = value.as_bool() == Some(true),
+            _ => {}
         }
         Ok(())
     })?;
+    if let Some(text) = text.filter(|_| !special) {
+        facts.say(text, TextKind::Content);
+    }
     Ok(())
 }
 
