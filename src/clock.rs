@@ -24,11 +24,15 @@ use crate::policy::Moment;
 /// shortest clock evergate has.
 pub const ALARM_TICK: Duration = Duration::from_millis(25);
 
+/// Age of the process when it first asks for the time. A test's paused clock stands at the moment its
+/// runtime was built, a little before the first asking; without a head start that would be before time began.
+pub const HEAD_START: Duration = Duration::from_secs(1);
+
 /// Environment variable with a number that makes [`rng`] repeat itself, for replays.
 pub const SEED_VARIABLE: &str = "EVERGATE_SEED";
 
-/// Microseconds since the process first asked. Follows tokio's clock, which tests may pause; works
-/// outside a runtime too. Never goes back.
+/// Microseconds since [`HEAD_START`] before the process first asked. Follows tokio's clock, which
+/// tests may pause; works outside a runtime too. Never goes back.
 #[allow(clippy::disallowed_methods)]
 pub fn now() -> Moment {
     let since_start = Instant::now().saturating_duration_since(start());
@@ -64,7 +68,11 @@ fn seeded_rng(seed: u64, nth: u64) -> fastrand::Rng {
 #[allow(clippy::disallowed_methods)]
 fn start() -> Instant {
     static START: OnceLock<Instant> = OnceLock::new();
-    *START.get_or_init(|| Instant::from_std(std::time::Instant::now()))
+    *START.get_or_init(|| {
+        let asked = std::time::Instant::now();
+        // None only within a second of the machine's own start.
+        Instant::from_std(asked.checked_sub(HEAD_START).unwrap_or(asked))
+    })
 }
 
 /// `at` on tokio's clock; `None` when it is too far to have a name there, as [`Moment::NEVER`] is.
@@ -530,11 +538,36 @@ mod tests {
         assert!(alarms.is_empty());
     }
 
+    /// Real time and real threads: what the orderings of `set` against `look` are for.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn alarms_set_from_other_threads_are_not_missed() {
+        let alarms = started();
+        let tasks: Vec<_> = (0..100)
+            .map(|seed| {
+                let alarms = alarms.clone();
+                tokio::spawn(async move {
+                    let mut rng = seeded_rng(seed, 0);
+                    let alarm = alarms.alarm();
+                    for _ in 0..5 {
+                        let at = now() + Duration::from_micros(rng.u64(0..40_000));
+                        alarm.set(at);
+                        alarm.expired().await;
+                        assert!(now() >= at, "rang early");
+                    }
+                })
+            })
+            .collect();
+        for task in tasks {
+            tokio::time::timeout(Duration::from_secs(30), task).await.expect("missed an alarm").unwrap();
+        }
+        assert!(alarms.is_empty());
+    }
+
     #[test]
     fn time_works_outside_a_runtime_and_does_not_go_back() {
         let first = now();
         assert!(now() >= first);
-        assert_eq!(instant(Moment::NEVER).is_some_and(|at| at < start()), false);
+        assert!(instant(Moment::NEVER).is_none_or(|at| at > start()));
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //!
 //! The latest [`EVENTS_KEPT`] are kept for `/status` and the demo's live view, which may also
 //! subscribe. Rare by design: what happens per request is a metric or an access record. Where a sick
-//! backend could make an event per request, a [`Quiet`] lets it speak now and then and the count
+//! backend could make an event per request, a `Quiet` lets it speak now and then and the count
 //! goes on. Nothing here decides; the reasons come from the policies.
 
 use std::collections::VecDeque;

@@ -696,7 +696,7 @@ impl ExchangeMetrics {
 }
 
 /// One exchange being counted. Dropping it counts the exchange out, once, so that requests in are
-/// always responses out plus those in flight: by [`end`](Self::ended) where that was said, as cut
+/// always responses out plus those in flight: as [`ended`](Self::ended) said where it was called, as cut
 /// in a panic, else as left by its client, since hyper drops an exchange's future only then.
 #[derive(Debug)]
 pub struct ExchangeCount {
@@ -880,10 +880,8 @@ impl BackendMetrics {
             return Arc::clone(known);
         }
         let label = if models.len() < MODELS_MAX { model } else { MODEL_OTHER };
-        if label == MODEL_OTHER {
-            if let Some(other) = models.get(MODEL_OTHER) {
-                return Arc::clone(other);
-            }
+        if let Some(shared) = models.get(label) {
+            return Arc::clone(shared);
         }
         let families = &self.families.backend;
         let labels = &[self.pool.as_str(), self.backend.as_str(), label];
