@@ -437,17 +437,17 @@ mod tests {
         watching.watch(Some(Arc::clone(&epoch)), 7);
         aside.watch(Some(Arc::clone(&other)), 7);
         let begin = now();
-        let bump = async {
-            tokio::time::sleep(Duration::from_millis(300)).await;
-            epoch.fetch_add(1, Ordering::Release);
-        };
-        let ring = async {
+        // Tasks of their own: joined, the waiting would be polled again whenever the bump is.
+        let ring = tokio::spawn(async move {
             watching.expired().await;
-            now().since(begin)
-        };
-        let (rang, ()) = tokio::join!(ring, bump);
+            (watching.rang_for_epoch(), now().since(begin))
+        });
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        epoch.fetch_add(1, Ordering::Release);
+        let rung = tokio::time::timeout(Duration::from_secs(1), ring).await.expect("not rescued");
+        let (for_epoch, rang) = rung.unwrap();
         assert!(rang >= Duration::from_millis(300) && rang <= Duration::from_millis(330), "{rang:?}");
-        assert!(watching.rang_for_epoch());
+        assert!(for_epoch);
         assert!(!aside.rang_for_epoch());
         assert!(tokio::time::timeout(Duration::from_secs(1), aside.expired()).await.is_err());
     }
@@ -468,14 +468,17 @@ mod tests {
     async fn an_ejection_on_another_thread_rings_here() {
         let alarms = started();
         let epoch = Arc::new(AtomicU64::new(0));
-        let waiting: Vec<_> = (0..100).map(|_| alarms.alarm()).collect();
-        for alarm in &waiting {
-            alarm.watch(Some(Arc::clone(&epoch)), 0);
-        }
-        let bump = Arc::clone(&epoch);
-        std::thread::spawn(move || bump.store(1, Ordering::Release)).join().unwrap();
-        for alarm in &waiting {
-            alarm.expired().await;
+        let waiting: Vec<_> = (0..100)
+            .map(|_| {
+                let alarm = alarms.alarm();
+                alarm.watch(Some(Arc::clone(&epoch)), 0);
+                tokio::spawn(async move { alarm.expired().await })
+            })
+            .collect();
+        tokio::time::sleep(ALARM_TICK * 4).await;
+        std::thread::spawn(move || epoch.store(1, Ordering::Release)).join().unwrap();
+        for task in waiting {
+            tokio::time::timeout(ALARM_TICK * 2, task).await.expect("not rescued").unwrap();
         }
     }
 
