@@ -32,6 +32,9 @@ const BODY_BYTES_MAX: usize = 64 << 20;
 const EVENTS_QUEUED_MAX: usize = 4;
 /// `created` of the first request. Not a real time: a replica reads no clock.
 const CREATED: u64 = 1_780_000_000;
+/// Between the last event and the end of its connection: the connection flushes when its body has nothing
+/// more for now, and drops what it holds when its body fails.
+const FLUSH_PAUSE: Duration = Duration::from_millis(2);
 const DIMENSIONS: usize = 64;
 const DIMENSIONS_MAX: u64 = 4096;
 /// What a degenerate model says (F22).
@@ -565,14 +568,14 @@ impl Work {
     /// Breaks the body off, once what was said is on the wire.
     async fn cut(&mut self) -> Ending {
         self.in_flight.end(End::Cut);
-        tokio::task::yield_now().await;
+        tokio::time::sleep(FLUSH_PAUSE).await;
         Ending::Broken
     }
 
     /// Resets the connection, which ends this future with it.
     async fn reset<T>(&mut self) -> T {
         self.in_flight.end(End::Cut);
-        tokio::task::yield_now().await;
+        tokio::time::sleep(FLUSH_PAUSE).await;
         self.fate.end(true);
         std::future::pending().await
     }
