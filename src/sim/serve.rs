@@ -307,15 +307,15 @@ async fn text(mut work: Work, job: Job, given_id: Option<String>) -> Reply {
     let skin = config.skin;
     let answer = job.answer(&config.model, config.weights, config.tokens);
     let prefix = match job.api {
-        Api::Chat => "chatcmpl",
-        Api::Completions | Api::Other => "cmpl",
-        Api::Messages => "msg",
+        Api::Chat => "chatcmpl-",
+        Api::Completions | Api::Other => "cmpl-",
+        Api::Messages => "msg_",
     };
     let own_id = format!("{:04x}{:08x}", work.shared.port, work.in_flight.nth);
     let framer = Framer {
         skin,
         api: job.api,
-        id: format!("{prefix}-{}", given_id.filter(|_| skin == Skin::Vllm).unwrap_or(own_id)),
+        id: format!("{prefix}{}", given_id.filter(|_| skin == Skin::Vllm).unwrap_or(own_id)),
         created: CREATED + work.in_flight.nth * 60 + u64::from(work.shared.port % 60),
         model: job.model,
         prompt_tokens: job.prompt_ids.len(),
