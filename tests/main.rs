@@ -1,0 +1,9 @@
+//! All integration tests in one binary: one link, one set of helpers (`support`), a module a subject.
+
+// A test that unwraps in vain has failed, which is what it is for.
+#![allow(clippy::unwrap_used)]
+// Tests measure real time; only the crate itself must go through its clock.
+#![allow(clippy::disallowed_methods)]
+
+mod sim;
+mod support;
