@@ -58,6 +58,12 @@ pub fn rng() -> fastrand::Rng {
     }
 }
 
+/// How long it is until `at`, a moment of the standard library's clock as some crates give it; zero once passed.
+#[allow(clippy::disallowed_methods)]
+pub fn until(at: std::time::Instant) -> Duration {
+    Instant::from_std(at).saturating_duration_since(Instant::now())
+}
+
 /// Generator number `nth` of a seed: neighbours share nothing (the increment is splitmix64's).
 fn seeded_rng(seed: u64, nth: u64) -> fastrand::Rng {
     fastrand::Rng::with_seed(seed.wrapping_add(nth.wrapping_mul(0x9E37_79B9_7F4A_7C15)))

@@ -1,1 +1,20 @@
-//! (being written)
+//! Pools and their backends at run time: the records that outlive a reload, and the snapshot an attempt sees.
+//!
+//! `Backend` is what is known about one replica (health, load, connections, addresses) and is kept by
+//! identity across reloads. `Pool` is one generation's view of a set of them. `Directory` swaps
+//! generations in one atomic step. Judging is `policy::health`, choosing is `policy::balance`; here
+//! observations are taken in, transitions are published, and in-flight work is counted.
+
+mod backend;
+mod in_flight;
+mod judge;
+mod pick;
+mod snapshot;
+mod state;
+
+pub use backend::{Backend, BackendId, Listed, Record};
+pub use in_flight::InFlight;
+pub use judge::About;
+pub use pick::{Choice, Class, Nobody, Wanted};
+pub use snapshot::{Applied, Directory, Member, Pool, Snapshot};
+pub use state::{PoolState, Waiting};

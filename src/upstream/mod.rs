@@ -1,1 +1,236 @@
-//! (being written)
+//! Connections to backends, behind one small interface: head out, body out, head in, frames in.
+//!
+//! A `Lane` belongs to one backend and one worker thread; it keeps idle HTTP/1.1 connections and open
+//! HTTP/2 ones. `lease` gives a connection, `Lease::send` one exchange on it, `InBody` its frames; the
+//! connection goes back by itself when the last frame was read, and is closed at once when any of
+//! the three is dropped earlier: engines stop generating when their client leaves.
+//! Nothing here judges: errors are facts (`SendError`, `ConnectError`).
+
+mod body;
+mod connect;
+mod dns;
+mod send;
+mod tap;
+mod tls;
+
+pub use body::{OutBody, StreamedBody, UploadBroken};
+pub use connect::{ConnectError, ConnectFailure, Target};
+pub use dns::{Addresses, Resolver};
+pub use send::{Answer, InBody, SendError, SendFailure};
+pub use tap::Traffic;
+pub use tls::{Tls, read_certificates, read_key};
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use hyper::client::conn::{http1, http2};
+use parking_lot::Mutex;
+use tokio::task::AbortHandle;
+
+use crate::clock;
+use crate::policy::Moment;
+
+/// Streams one HTTP/2 connection carries before another is opened beside it.
+const H2_STREAMS_PER_CONNECTION: usize = 100;
+/// Idle HTTP/1.1 connections kept per backend and worker.
+const IDLE_MAX: usize = 1024;
+
+/// The connections of one worker to one backend.
+#[derive(Default)]
+pub struct Lane {
+    /// Latest last: the warmest is taken first, the coldest die of age.
+    idle: Mutex<Vec<Idle>>,
+    h2: Mutex<Vec<Arc<H2>>>,
+    /// Keeps a burst from opening one HTTP/2 connection per request.
+    h2_opening: tokio::sync::Mutex<()>,
+}
+
+/// A kept HTTP/1.1 connection.
+struct Idle {
+    connection: H1,
+    since: Moment,
+}
+
+/// An HTTP/1.1 connection; dropping it closes the socket.
+struct H1 {
+    sender: http1::SendRequest<OutBody>,
+    traffic: Arc<Traffic>,
+    _task: Task,
+}
+
+/// A shared HTTP/2 connection; closed when the last of its users lets go.
+struct H2 {
+    sender: http2::SendRequest<OutBody>,
+    traffic: Arc<Traffic>,
+    streams: AtomicUsize,
+    _task: Task,
+}
+
+/// The task that drives a connection; it ends with its owner.
+struct Task(AbortHandle);
+
+impl Drop for Task {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// A connection for one exchange.
+pub struct Lease {
+    connection: Leased,
+    lane: Arc<Lane>,
+    reused: bool,
+}
+
+enum Leased {
+    H1(H1),
+    H2(H2Stream),
+}
+
+/// One of the streams of a shared connection, counted while it lives.
+struct H2Stream(Arc<H2>);
+
+impl H2Stream {
+    fn new(connection: Arc<H2>) -> Self {
+        connection.streams.fetch_add(1, Ordering::Relaxed);
+        Self(connection)
+    }
+}
+
+impl Drop for H2Stream {
+    fn drop(&mut self) {
+        self.0.streams.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Which connection will do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Want {
+    /// A kept one if there is any.
+    Any,
+    /// A new one: the request may not be sent twice, or a kept one has just failed it.
+    Fresh,
+    /// A new HTTP/1.1 one that may be switched to another protocol.
+    Upgradable,
+}
+
+impl Lane {
+    /// A connection to `target`.
+    ///
+    /// # Errors
+    /// Facts of why none stands, see `ConnectFailure`.
+    pub async fn lease(self: &Arc<Self>, target: &Target, want: Want) -> Result<Lease, ConnectError> {
+        if want == Want::Any
+            && let Some(connection) = self.kept(target.idle)
+        {
+            return Ok(Lease { connection, lane: self.clone(), reused: true });
+        }
+        let opened = if want != Want::Upgradable && target.prefers_h2() {
+            self.open_h2(target, want).await?
+        } else {
+            (connect::open(target, want == Want::Upgradable).await?.into_leased(self), false)
+        };
+        let (connection, reused) = opened;
+        Ok(Lease { connection, lane: self.clone(), reused })
+    }
+
+    /// Closes every kept connection: the backend was ejected, or its process has changed.
+    pub fn close_kept(&self) {
+        self.idle.lock().clear();
+        self.h2.lock().clear();
+    }
+
+    /// Closes connections that were idle for `idle_max` or longer. Called by the worker's tick.
+    pub fn reap(&self, idle_max: Duration) {
+        let now = clock::now();
+        self.idle
+            .lock()
+            .retain(|kept| !kept.connection.sender.is_closed() && now.since(kept.since) < idle_max);
+        self.h2.lock().retain(|kept| !kept.sender.is_closed());
+    }
+
+    /// Idle connections kept now.
+    pub fn idle(&self) -> usize {
+        self.idle.lock().len()
+    }
+
+    fn kept(&self, idle_max: Duration) -> Option<Leased> {
+        if let Some(h1) = self.kept_h1(idle_max) {
+            return Some(Leased::H1(h1));
+        }
+        self.kept_h2().map(|h2| Leased::H2(H2Stream::new(h2)))
+    }
+
+    fn kept_h1(&self, idle_max: Duration) -> Option<H1> {
+        let mut idle = self.idle.lock();
+        while let Some(kept) = idle.pop() {
+            if clock::now().since(kept.since) >= idle_max {
+                // Everything below is older still.
+                idle.clear();
+                return None;
+            }
+            if kept.connection.sender.is_ready() {
+                return Some(kept.connection);
+            }
+        }
+        None
+    }
+
+    fn kept_h2(&self) -> Option<Arc<H2>> {
+        let mut open = self.h2.lock();
+        if open.is_empty() {
+            return None;
+        }
+        open.retain(|kept| !kept.sender.is_closed());
+        open.iter().find(|kept| kept.streams.load(Ordering::Relaxed) < H2_STREAMS_PER_CONNECTION).cloned()
+    }
+
+    /// Opens one connection for all who are waiting for one.
+    async fn open_h2(self: &Arc<Self>, target: &Target, want: Want) -> Result<(Leased, bool), ConnectError> {
+        let _turn = self.h2_opening.lock().await;
+        if want == Want::Any
+            && let Some(h2) = self.kept_h2()
+        {
+            return Ok((Leased::H2(H2Stream::new(h2)), true));
+        }
+        Ok((connect::open(target, false).await?.into_leased(self), false))
+    }
+
+    fn keep(&self, connection: H1) {
+        if connection.sender.is_closed() {
+            return;
+        }
+        let mut idle = self.idle.lock();
+        if idle.len() < IDLE_MAX {
+            idle.push(Idle { connection, since: clock::now() });
+        }
+    }
+}
+
+impl Lease {
+    /// Whether the connection has served another exchange before: its peer may have closed it since.
+    pub fn reused(&self) -> bool {
+        self.reused
+    }
+
+    /// Whether HTTP/2 is spoken on it.
+    pub fn is_h2(&self) -> bool {
+        matches!(self.connection, Leased::H2(_))
+    }
+
+    /// Puts an unused connection back.
+    pub fn give_back(self) {
+        if let Leased::H1(h1) = self.connection {
+            self.lane.keep(h1);
+        }
+    }
+
+    /// Counts of the connection, to be watched while an exchange is under way.
+    pub fn traffic(&self) -> Arc<Traffic> {
+        match &self.connection {
+            Leased::H1(h1) => h1.traffic.clone(),
+            Leased::H2(stream) => stream.0.traffic.clone(),
+        }
+    }
+}

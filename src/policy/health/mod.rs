@@ -309,6 +309,13 @@ impl Health {
         }
     }
 
+    /// Takes back the latest fault: another backend failed the same request in the same way, so it was
+    /// the request's own. An ejection that has begun stays.
+    pub fn forgive(&mut self) {
+        self.faults_in_a_row = self.faults_in_a_row.saturating_sub(1);
+        self.window.forgive();
+    }
+
     /// Learns from one probe.
     pub fn probe(
         &mut self,

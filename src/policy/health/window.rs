@@ -34,6 +34,18 @@ impl Window {
         self.len = 0;
     }
 
+    /// Takes the latest failure out again: it was not this backend's.
+    pub(super) fn forgive(&mut self) {
+        let at = |back: usize| (self.next + OUTCOMES_MAX - back) % OUTCOMES_MAX;
+        let Some(failed) = (1..=self.len).find(|&back| self.outcomes[at(back)] & 1 == 0) else { return };
+        for back in (1..failed).rev() {
+            let (older, newer) = (at(back + 1), at(back));
+            self.outcomes[older] = self.outcomes[newer];
+        }
+        self.next = at(1);
+        self.len -= 1;
+    }
+
     /// Share of successes among the outcomes no older than `length`, if there are `least` of them.
     pub(super) fn rate(&self, now: Moment, length: Duration, least: u32) -> Option<f64> {
         let oldest = now - length;
@@ -55,6 +67,22 @@ mod tests {
     use super::{Moment, OUTCOMES_MAX, Window};
     use proptest::prelude::{any, prop, prop_assert_eq, proptest};
     use std::time::Duration;
+
+    #[test]
+    fn a_forgiven_failure_was_never_there() {
+        let (mut window, mut without) = (Window::new(), Window::new());
+        for (i, success) in [true, false, true, false, true, true].into_iter().enumerate() {
+            window.record(Moment::from_micros(5000 + i as u64), success);
+            if i != 3 {
+                without.record(Moment::from_micros(5000 + i as u64), success);
+            }
+        }
+        window.forgive();
+        let rate = |w: &Window| w.rate(Moment::from_micros(5010), Duration::from_secs(1), 1);
+        assert_eq!((window.len, rate(&window)), (without.len, rate(&without)));
+        window.record(Moment::from_micros(5008), false);
+        assert_eq!(rate(&window), Some(4.0 / 6.0));
+    }
 
     proptest! {
         #[test]

@@ -1,11 +1,28 @@
-//! (being written) What may be sent again, how often.
+//! What may be sent again, how often, and when it is enough.
+//!
+//! An attempt states facts (`classify::Facts`); `classify::verdict` says whose fault it was;
+//! `decide` says what happens next. Nothing else in evergate decides on a retry. The bounds are the
+//! attempts of one exchange, the pool's `Budget`, and the backends not yet tried; a failure
+//! before anything was sent draws on none but the first.
+//!
+//! Numbers: docs of `RetryPolicy`; rules: RFC 9110 §9.2.2 (idempotency), RFC 9113 §8.7 (refused
+//! streams), GEP-3388 (budget).
+
+mod backoff;
+mod budget;
+mod classify;
+
+pub use backoff::backoff;
+pub use budget::{Budget, Burst};
+pub use classify::{Cause, Facts, Phase, Verdict, verdict};
 
 use std::time::Duration;
 
 /// Parameters of retrying.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RetryPolicy {
-    /// Most attempts of one exchange, the first included. Default 3, 1..=10.
+    /// Most attempts of one exchange that reached a backend, the first included. Default 3, 1..=10.
+    /// Attempts of which nothing was sent are bounded by the size of the pool instead.
     pub attempts_max: u8,
     /// Share of requests that may be retries, over ten seconds. Default 0.2 (GEP-3388).
     pub budget_ratio: f64,
@@ -47,4 +64,241 @@ pub enum Replay {
     Safe,
     /// None.
     Never,
+}
+
+impl Replay {
+    /// Whether a request of this nature may be sent again.
+    pub fn allows(self, nature: &Nature) -> bool {
+        match self {
+            Self::Always => true,
+            Self::Never => false,
+            Self::Safe => nature.idempotent,
+            Self::Auto => nature.idempotent || nature.keyed || (nature.inference && !nature.stateful),
+        }
+    }
+}
+
+/// What a request is, as far as sending it twice is concerned.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Nature {
+    /// Its method is idempotent.
+    pub idempotent: bool,
+    /// It carries an `Idempotency-Key`.
+    pub keyed: bool,
+    /// Its endpoint computes an answer and keeps nothing.
+    pub inference: bool,
+    /// Its body asks the server to keep something (`store`, `previous_response_id`, a sequence, …).
+    pub stateful: bool,
+}
+
+/// What happens after an attempt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Next {
+    /// The answer goes to the client.
+    Relay,
+    /// The answer goes to the client, and both its failures are the request's own: two backends said the same.
+    RelayAsRequestFault,
+    /// Another attempt, at a backend not tried yet.
+    Failover,
+    /// Another attempt, on a new connection, the same backend allowed: nothing was learned about it.
+    Again,
+    /// Enough: the last answer if there is one, else an error of our own.
+    GiveUp(Reason),
+}
+
+/// Why it was enough.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reason {
+    /// `attempts_max` reached.
+    Attempts,
+    /// The pool's retry budget is empty.
+    Budget,
+    /// The request may have been executed and must not be sent twice.
+    NotReplayable,
+    /// The client's upload ended early, or the client is gone.
+    Client,
+}
+
+impl Reason {
+    /// The word for logs and metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Attempts => "attempts_exhausted",
+            Self::Budget => "retry_budget_empty",
+            Self::NotReplayable => "not_replayable",
+            Self::Client => "client",
+        }
+    }
+}
+
+/// What an exchange has been through. Kept by the exchange, read here.
+#[derive(Clone, Debug, Default)]
+pub struct History {
+    /// Attempts of which at least a byte was sent.
+    pub sent: u8,
+    /// Attempts of which nothing was sent.
+    pub unsent: u8,
+    /// A kept connection has already failed this exchange once.
+    pub stale: bool,
+    /// Backends in the pool: bounds the attempts that sent nothing.
+    pub members: usize,
+    /// How the last backend failed.
+    last: Option<Cause>,
+}
+
+impl History {
+    /// An exchange that may go to `members` backends.
+    pub fn new(members: usize) -> Self {
+        Self { members, ..Self::default() }
+    }
+
+    /// Adds an attempt that has ended.
+    pub fn add(&mut self, facts: &Facts) {
+        if facts.sent {
+            self.sent += 1
+        } else {
+            self.unsent = self.unsent.saturating_add(1)
+        }
+        self.stale |= facts.is_stale_connection();
+        self.last = Some(facts.cause);
+    }
+
+    /// Attempts so far.
+    pub fn attempts(&self) -> u32 {
+        u32::from(self.sent) + u32::from(self.unsent)
+    }
+}
+
+/// What happens after an attempt with these facts and this verdict. `history` is what came before it;
+/// `budget` is asked at most once, and only when a retry draws on it.
+pub fn decide(
+    policy: &RetryPolicy,
+    history: &History,
+    facts: &Facts,
+    verdict: Verdict,
+    replayable: bool,
+    budget: impl FnOnce() -> bool,
+) -> Next {
+    match verdict {
+        Verdict::Success => return Next::Relay,
+        Verdict::Cancelled => return Next::GiveUp(Reason::Client),
+        Verdict::Neutral if facts.cause.is_answer() => return Next::Relay,
+        Verdict::Neutral | Verdict::Fault | Verdict::Busy | Verdict::Misconfigured => {}
+    }
+    if !facts.sent {
+        let bound = history.members.saturating_add(usize::from(policy.attempts_max));
+        return if usize::from(history.unsent) + 1 < bound {
+            Next::Failover
+        } else {
+            Next::GiveUp(Reason::Attempts)
+        };
+    }
+    if facts.cause.may_be_the_requests_own() && history.last == Some(facts.cause) {
+        return Next::RelayAsRequestFault;
+    }
+    let rejected = matches!(verdict, Verdict::Busy | Verdict::Misconfigured);
+    if !replayable && !rejected {
+        return Next::GiveUp(Reason::NotReplayable);
+    }
+    if facts.is_stale_connection() && !history.stale {
+        // As free as a failed connect: the backend closed an idle connection while we wrote to it.
+        return Next::Again;
+    }
+    if history.sent + 1 >= policy.attempts_max {
+        return Next::GiveUp(Reason::Attempts);
+    }
+    if !budget() {
+        return Next::GiveUp(Reason::Budget);
+    }
+    Next::Failover
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn facts(cause: Cause) -> Facts {
+        Facts { sent: true, ..Facts::new(Phase::Head, cause) }
+    }
+
+    fn next(history: &History, facts: &Facts, replayable: bool, budget: bool) -> Next {
+        decide(&RetryPolicy::default(), history, facts, verdict(facts), replayable, || budget)
+    }
+
+    #[test]
+    fn a_refused_connection_moves_on_whatever_the_request_and_budget() {
+        let unsent = Facts::new(Phase::Connect, Cause::Refused);
+        assert_eq!(next(&History::new(3), &unsent, false, false), Next::Failover);
+    }
+
+    #[test]
+    fn attempts_that_sent_nothing_are_bounded_by_the_pool() {
+        let unsent = Facts::new(Phase::Connect, Cause::Refused);
+        let mut history = History::new(2);
+        let mut n = 0;
+        while next(&history, &unsent, true, true) == Next::Failover {
+            history.add(&unsent);
+            n += 1;
+            assert!(n < 100, "never ends");
+        }
+        assert_eq!(next(&history, &unsent, true, true), Next::GiveUp(Reason::Attempts));
+    }
+
+    #[test]
+    fn a_request_that_must_not_run_twice_is_not_sent_twice() {
+        assert_eq!(
+            next(&History::new(3), &facts(Cause::Closed), false, true),
+            Next::GiveUp(Reason::NotReplayable)
+        );
+    }
+
+    #[test]
+    fn a_busy_answer_was_not_executed_and_may_go_elsewhere() {
+        assert_eq!(next(&History::new(3), &facts(Cause::Status(503)), false, true), Next::Failover);
+    }
+
+    #[test]
+    fn a_client_fault_is_relayed_at_once() {
+        for status in [400, 404, 409, 413, 422] {
+            assert_eq!(next(&History::new(3), &facts(Cause::Status(status)), true, true), Next::Relay);
+        }
+    }
+
+    #[test]
+    fn an_empty_budget_makes_the_first_failure_the_answer() {
+        assert_eq!(
+            next(&History::new(3), &facts(Cause::Status(500)), true, false),
+            Next::GiveUp(Reason::Budget)
+        );
+    }
+
+    #[test]
+    fn a_stale_connection_is_replayed_once_for_free_and_then_counts() {
+        let stale = Facts { reused: true, ..facts(Cause::Closed) };
+        let mut history = History::new(3);
+        assert_eq!(next(&history, &stale, true, false), Next::Again);
+        assert_eq!(verdict(&stale), Verdict::Neutral);
+        history.add(&stale);
+        assert_eq!(next(&history, &stale, true, false), Next::GiveUp(Reason::Budget));
+    }
+
+    #[test]
+    fn the_same_500_from_two_backends_is_the_requests_own() {
+        let failed = facts(Cause::Status(500));
+        let mut history = History::new(3);
+        assert_eq!(next(&history, &failed, true, true), Next::Failover);
+        history.add(&failed);
+        assert_eq!(next(&history, &failed, true, true), Next::RelayAsRequestFault);
+        assert_eq!(next(&history, &facts(Cause::Status(502)), true, true), Next::Failover);
+    }
+
+    #[test]
+    fn three_attempts_are_enough() {
+        let mut history = History::new(9);
+        for status in [500, 502] {
+            assert_eq!(next(&history, &facts(Cause::Status(status)), true, true), Next::Failover);
+            history.add(&facts(Cause::Status(status)));
+        }
+        assert_eq!(next(&history, &facts(Cause::Closed), true, true), Next::GiveUp(Reason::Attempts));
+    }
 }

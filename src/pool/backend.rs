@@ -1,0 +1,344 @@
+//! What is known about one replica for as long as it is configured, whatever else is reloaded.
+//!
+//! Written from everywhere, so: counters are atomics, a judge is behind its own short lock, and
+//! the judge's ordinary answer ("fully eligible") is published as one flag, so that choosing a
+//! backend takes no lock while nothing is wrong.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
+
+use arc_swap::ArcSwapOption;
+use parking_lot::{Mutex, RwLock};
+
+use crate::clock;
+use crate::policy::Moment;
+use crate::policy::balance::{Ewma, RecentFailures, stable_hash};
+use crate::policy::health::{
+    Administrative, Arrival, Health, HealthPolicy, Observation, Peers, ProbeVerdict, Standing, Transition,
+};
+use crate::pool::pick::Class;
+use crate::telemetry::metrics::BackendMetrics;
+use crate::upstream::{Addresses, Lane};
+
+/// Models one backend may have records of; the rest share the backend's own.
+const MODELS_MAX: usize = 256;
+
+/// Identity of a backend within the process; never used twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct BackendId(u64);
+
+impl BackendId {
+    fn next() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        Self(NEXT.fetch_add(1, Ordering::Relaxed))
+    }
+}
+
+/// One replica.
+pub struct Backend {
+    /// Never used twice.
+    pub id: BackendId,
+    /// Name of its pool.
+    pub pool: String,
+    /// Its name in the pool.
+    pub name: String,
+    /// Hash of pool and address: the same over reloads and restarts.
+    pub identity: u64,
+    /// Where it is.
+    pub addresses: Arc<Addresses>,
+    /// Its metric handles.
+    pub metrics: BackendMetrics,
+    /// Connections, one lane a worker.
+    lanes: Box<[Arc<Lane>]>,
+    /// Connect-class faults and probes; in a pool of one model, everything.
+    whole: Arc<Record>,
+    /// By model, where one address serves several.
+    by_model: RwLock<Vec<(String, Arc<Record>)>>,
+    pub(super) in_flight: AtomicU32,
+    pub(super) work: AtomicU64,
+    admin: AtomicU8,
+    /// What it last said at `/v1/models`.
+    listed: ArcSwapOption<Listed>,
+    removed: AtomicBool,
+    arrival: Arrival,
+}
+
+/// The models a backend lists.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Listed {
+    /// Their ids, in its order.
+    pub ids: Vec<String>,
+    /// The whole entries, as JSON.
+    pub entries: Vec<serde_json::Value>,
+}
+
+/// The judge of one (backend, model), and what speed and failures it showed.
+pub struct Record {
+    health: Mutex<Health>,
+    /// The judge's answer is "eligible, full share".
+    plain: AtomicBool,
+    failures: Mutex<RecentFailures>,
+    /// Whether `failures` may be above its resting value: spares the lock.
+    failed_lately: AtomicBool,
+    first_token: Mutex<[Ewma; Class::COUNT]>,
+    /// Grows with each ejection: attempts that waited here when it did are rescued.
+    ejections: Arc<AtomicU64>,
+}
+
+impl Record {
+    fn new(arrival: Arrival, policy: &HealthPolicy) -> Self {
+        let now = clock::now();
+        let health = Health::new(arrival, now);
+        let plain = is_plain(health.standing(policy, now));
+        Self {
+            health: Mutex::new(health),
+            plain: AtomicBool::new(plain),
+            failures: Mutex::new(RecentFailures::default()),
+            failed_lately: AtomicBool::new(false),
+            first_token: Mutex::new([Ewma::default(); Class::COUNT]),
+            ejections: Arc::new(AtomicU64::new(0)),
+        }
+    }
+
+    /// What may be sent there now.
+    pub fn standing(&self, policy: &HealthPolicy, now: Moment) -> Standing {
+        if self.plain.load(Ordering::Acquire) {
+            return Standing::Eligible { share: 1.0 };
+        }
+        self.health.lock().standing(policy, now)
+    }
+
+    /// Reads the judge, for status pages and peers.
+    pub fn read<T>(&self, read: impl FnOnce(&Health) -> T) -> T {
+        read(&self.health.lock())
+    }
+
+    /// Tells the judge something and publishes its new answer.
+    pub(super) fn judge(
+        &self,
+        policy: &HealthPolicy,
+        now: Moment,
+        tell: impl FnOnce(&mut Health) -> Option<Transition>,
+    ) -> Option<Transition> {
+        let mut health = self.health.lock();
+        let transition = tell(&mut health);
+        self.plain.store(is_plain(health.standing(policy, now)), Ordering::Release);
+        transition
+    }
+
+    /// Learns from one attempt. `peers` is asked only where it can matter.
+    pub(super) fn observe(
+        &self,
+        policy: &HealthPolicy,
+        now: Moment,
+        observation: Observation,
+        peers: impl FnOnce() -> Peers,
+        rng: &mut fastrand::Rng,
+    ) -> Option<Transition> {
+        if observation == Observation::Fault {
+            self.failures.lock().fail(now);
+            self.failed_lately.store(true, Ordering::Release);
+        }
+        let good = matches!(observation, Observation::Success | Observation::FirstToken);
+        let peers = if good && self.plain.load(Ordering::Acquire) { Peers::default() } else { peers() };
+        self.judge(policy, now, |health| health.observe(policy, now, observation, &peers, rng))
+    }
+
+    pub(super) fn probe(
+        &self,
+        policy: &HealthPolicy,
+        now: Moment,
+        verdict: ProbeVerdict,
+        peers: &Peers,
+        rng: &mut fastrand::Rng,
+    ) -> Option<Transition> {
+        self.judge(policy, now, |health| health.probe(policy, now, verdict, peers, rng))
+    }
+
+    /// Wins the single trial of probation, or not.
+    pub(super) fn begin_trial(&self, now: Moment) -> bool {
+        self.health.lock().begin_trial(now)
+    }
+
+    /// The trial taught nothing.
+    pub fn abandon_trial(&self) {
+        self.health.lock().abandon_trial();
+    }
+
+    /// At least 1; grows with recent failures, so that failing fast is not mistaken for being idle.
+    pub(super) fn failure_factor(&self, now: Moment) -> f64 {
+        if !self.failed_lately.load(Ordering::Acquire) {
+            return 1.0;
+        }
+        let factor = self.failures.lock().factor(now);
+        if factor <= 1.0 {
+            self.failed_lately.store(false, Ordering::Release);
+        }
+        factor
+    }
+
+    /// A first token came after `seconds`.
+    pub fn first_token(&self, class: Class, now: Moment, seconds: f64) {
+        self.first_token.lock()[class.index()].observe(now, seconds);
+    }
+
+    pub(super) fn expected_first_token(&self, class: Class, now: Moment, median: Option<f64>) -> Option<f64> {
+        let ewma = self.first_token.lock()[class.index()];
+        match median {
+            Some(median) => Some(ewma.value_towards(now, median)),
+            None => ewma.value(),
+        }
+    }
+
+    pub(super) fn latest_first_token(&self, class: Class) -> Option<f64> {
+        self.first_token.lock()[class.index()].value()
+    }
+
+    /// The counter that grows with each ejection, and its value now.
+    pub fn ejections(&self) -> (Arc<AtomicU64>, u64) {
+        (self.ejections.clone(), self.ejections.load(Ordering::Acquire))
+    }
+
+    pub(super) fn ejected(&self) {
+        self.ejections.fetch_add(1, Ordering::AcqRel);
+    }
+}
+
+fn is_plain(standing: Standing) -> bool {
+    matches!(standing, Standing::Eligible { share } if share >= 1.0)
+}
+
+impl Backend {
+    /// A replica that has just been configured, for `workers` worker threads.
+    pub(super) fn new(
+        pool: &str,
+        params: &crate::config::Backend,
+        arrival: Arrival,
+        policy: &HealthPolicy,
+        workers: usize,
+        metrics: BackendMetrics,
+    ) -> Self {
+        let host = params.authority.host();
+        let port = params.authority.port_u16().unwrap_or(if params.secure { 443 } else { 80 });
+        Self {
+            id: BackendId::next(),
+            pool: pool.to_owned(),
+            name: params.name.clone(),
+            identity: stable_hash(format!("{pool}\n{}{}", params.authority, params.path_prefix).as_bytes()),
+            addresses: Arc::new(Addresses::new(host, port)),
+            metrics,
+            lanes: (0..workers).map(|_| Arc::new(Lane::default())).collect(),
+            whole: Arc::new(Record::new(arrival, policy)),
+            by_model: RwLock::new(Vec::new()),
+            in_flight: AtomicU32::new(0),
+            work: AtomicU64::new(0),
+            admin: AtomicU8::new(Administrative::Enabled as u8),
+            listed: ArcSwapOption::empty(),
+            removed: AtomicBool::new(false),
+            arrival,
+        }
+    }
+
+    /// Connections of one worker.
+    pub fn lane(&self, worker: usize) -> &Arc<Lane> {
+        &self.lanes[worker]
+    }
+
+    /// Unfinished attempts.
+    pub fn in_flight(&self) -> u32 {
+        self.in_flight.load(Ordering::Relaxed)
+    }
+
+    /// The judge of connect-class faults and probes; of everything where one model is served.
+    pub fn whole(&self) -> &Arc<Record> {
+        &self.whole
+    }
+
+    /// The judge of `model` here. Records are made for models that are configured or listed, up to a bound.
+    pub(super) fn record(&self, model: Option<&str>, policy: &HealthPolicy) -> Arc<Record> {
+        let Some(model) = model else { return self.whole.clone() };
+        if let Some((_, record)) = self.by_model.read().iter().find(|(name, _)| name == model) {
+            return record.clone();
+        }
+        let mut records = self.by_model.write();
+        if let Some((_, record)) = records.iter().find(|(name, _)| name == model) {
+            return record.clone();
+        }
+        if records.len() >= MODELS_MAX {
+            return self.whole.clone();
+        }
+        // Whether the address answers at all is judged by `whole`; a model starts without a record against it.
+        let record = Arc::new(Record::new(Arrival::Founder, policy));
+        records.push((model.to_owned(), record.clone()));
+        record
+    }
+
+    /// Judges by model, for status pages.
+    pub fn models(&self) -> Vec<(String, Arc<Record>)> {
+        self.by_model.read().clone()
+    }
+
+    /// What the operator wants of it.
+    pub fn admin(&self) -> Administrative {
+        match self.admin.load(Ordering::Relaxed) {
+            0 => Administrative::Enabled,
+            1 => Administrative::Draining,
+            _ => Administrative::Disabled,
+        }
+    }
+
+    /// Sets what the operator wants of it. Running attempts go on.
+    pub fn set_admin(&self, state: Administrative) {
+        let code = match state {
+            Administrative::Enabled => 0,
+            Administrative::Draining => 1,
+            Administrative::Disabled => 2,
+        };
+        self.admin.store(code, Ordering::Relaxed);
+    }
+
+    /// What it last listed at `/v1/models`.
+    pub fn listed(&self) -> Option<Arc<Listed>> {
+        self.listed.load_full()
+    }
+
+    /// Whether it lists `model`.
+    pub fn lists(&self, model: &str) -> bool {
+        self.listed.load().as_ref().is_some_and(|listed| listed.ids.iter().any(|id| id == model))
+    }
+
+    /// It listed these models.
+    pub fn set_listed(&self, listed: Listed) {
+        self.listed.store(Some(Arc::new(listed)));
+    }
+
+    /// A reload took it out of its pool: its probers end, running attempts go on.
+    pub fn is_removed(&self) -> bool {
+        self.removed.load(Ordering::Acquire)
+    }
+
+    pub(super) fn remove(&self) {
+        self.removed.store(true, Ordering::Release);
+        self.close_kept();
+    }
+
+    /// Closes its kept connections on all workers.
+    pub(super) fn close_kept(&self) {
+        for lane in &self.lanes {
+            lane.close_kept();
+        }
+    }
+
+    /// How it came into its pool.
+    pub fn arrival(&self) -> Arrival {
+        self.arrival
+    }
+
+    /// Attempts that wait here are to be moved.
+    pub(super) fn rescue_waiting(&self) {
+        self.whole.ejected();
+        for (_, record) in self.by_model.read().iter() {
+            record.ejected();
+        }
+    }
+}

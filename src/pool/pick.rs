@@ -1,0 +1,314 @@
+//! Choosing a backend for the next attempt: `policy::balance` over what is known now.
+//!
+//! Order: a backend on trial if there is one, an eligible one not tried yet, in panic a suspect, and
+//! only then one that was tried already. Nobody at all is an answer too, with the reason.
+
+use std::sync::Arc;
+
+use smallvec::SmallVec;
+
+use crate::clock;
+use crate::policy::Moment;
+use crate::policy::balance::{self, Candidates};
+use crate::policy::dialect::Endpoint;
+use crate::policy::health::{Administrative, Panic, Standing};
+use crate::pool::backend::{Backend, BackendId, Record};
+use crate::pool::in_flight::InFlight;
+use crate::pool::snapshot::{Member, Pool};
+
+/// Bytes of prompt that weigh as much as one more request.
+const PROMPT_BYTES_PER_UNIT: u64 = 16 * 1024;
+/// A prompt never weighs more than this many requests.
+const PROMPT_UNITS_MAX: u64 = 64;
+/// Units of one request, so that prompts can weigh fractions of it.
+const UNITS: u64 = 16;
+
+/// Work an attempt stands for: one request, and more for a long prompt.
+pub(super) fn work_units(prompt_bytes: u64) -> u64 {
+    UNITS + (prompt_bytes * UNITS / PROMPT_BYTES_PER_UNIT).min(PROMPT_UNITS_MAX * UNITS)
+}
+
+/// What speed is comparable: the endpoint, and whether it streams.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Class(u8);
+
+impl Class {
+    /// How many there are.
+    pub const COUNT: usize = 64;
+
+    /// The class of a request.
+    pub fn of(endpoint: Endpoint, stream: bool) -> Self {
+        Self(((endpoint as u8) * 2 + u8::from(stream)) % Self::COUNT as u8)
+    }
+
+    pub(super) fn index(self) -> usize {
+        usize::from(self.0)
+    }
+
+    pub(super) fn all() -> impl Iterator<Item = Self> {
+        (0..Self::COUNT as u8).map(Self)
+    }
+}
+
+/// What an attempt wants.
+pub struct Wanted<'a> {
+    /// Backends this exchange has tried.
+    pub tried: &'a [BackendId],
+    /// What speed to compare.
+    pub class: Class,
+    /// The model as the backends know it, where the pool serves several.
+    pub model: Option<&'a str>,
+    /// Hash of the affinity key.
+    pub affinity: Option<u64>,
+    /// Bytes of the request body.
+    pub prompt_bytes: u64,
+    /// Whether it may be lost: then it may be a backend's trial.
+    pub replayable: bool,
+}
+
+/// The backend of the next attempt, counted from now on.
+pub struct Choice {
+    /// Which one; its parameters are of this generation.
+    pub pool: Arc<Pool>,
+    /// Index in the pool.
+    pub index: usize,
+    /// The judge of the model asked for.
+    pub record: Arc<Record>,
+    /// Counts until dropped.
+    pub in_flight: InFlight,
+    /// It is this backend's trial: its outcome decides on the backend's return.
+    pub trial: bool,
+    /// It has been tried by this exchange before.
+    pub again: bool,
+}
+
+impl Choice {
+    /// The member chosen.
+    pub fn member(&self) -> &Member {
+        &self.pool.members[self.index]
+    }
+
+    /// The backend chosen.
+    pub fn backend(&self) -> &Arc<Backend> {
+        &self.member().backend
+    }
+}
+
+/// Why nobody can take an attempt now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Nobody {
+    /// All that are up asked to be left alone until then, or are at their cap (`None`).
+    Busy {
+        /// The earliest time one may be asked again.
+        until: Option<Moment>,
+    },
+    /// None is up.
+    Down,
+    /// All that are up were tried by this exchange.
+    AllTried,
+}
+
+impl Pool {
+    /// Chooses a backend and counts the attempt.
+    ///
+    /// # Errors
+    /// Why nobody can take it.
+    pub fn pick(self: &Arc<Self>, wanted: &Wanted<'_>, rng: &mut fastrand::Rng) -> Result<Choice, Nobody> {
+        let now = clock::now();
+        if wanted.replayable
+            && self.state.trials_open()
+            && let Some(choice) = self.pick_trial(wanted, now)
+        {
+            return Ok(choice);
+        }
+        let view = View { pool: self, wanted, now };
+        let request = balance::Request { affinity: wanted.affinity };
+        if let Some(i) = balance::pick(&self.config.balance, &view, &request, &self.state.cursor, rng) {
+            return Ok(self.choose(i, wanted, false));
+        }
+        self.pick_suspect(wanted, now).map_or_else(|| Err(self.nobody(wanted, now)), Ok)
+    }
+
+    /// Chooses among those tried before: only when there is no other.
+    ///
+    /// # Errors
+    /// Why nobody can take it.
+    pub fn pick_again(
+        self: &Arc<Self>,
+        wanted: &Wanted<'_>,
+        rng: &mut fastrand::Rng,
+    ) -> Result<Choice, Nobody> {
+        self.pick(&Wanted { tried: &[], ..*wanted }, rng).map(|choice| Choice { again: true, ..choice })
+    }
+
+    /// A backend whose ejection is over needs one real request to come back.
+    fn pick_trial(self: &Arc<Self>, wanted: &Wanted<'_>, now: Moment) -> Option<Choice> {
+        let mut any = false;
+        for (i, member) in self.members.iter().enumerate() {
+            let record = self.record(i, wanted.model);
+            let waits = |record: &Record| record.standing(&self.config.health, now) == Standing::Probation;
+            let (whole, model) = (member.backend.whole(), &record);
+            if !waits(whole) && !waits(model) {
+                continue;
+            }
+            any = true;
+            let open = member.backend.admin() == Administrative::Enabled && !wanted.has_tried(member);
+            let judge = if waits(whole) { whole } else { model };
+            if open && judge.begin_trial(now) {
+                return Some(self.choose(i, wanted, true));
+            }
+        }
+        if !any {
+            self.state.close_trials();
+        }
+        None
+    }
+
+    /// Too few are eligible: one that is out carries a single attempt (graded panic).
+    fn pick_suspect(self: &Arc<Self>, wanted: &Wanted<'_>, now: Moment) -> Option<Choice> {
+        let enabled = |m: &Member| m.backend.admin() == Administrative::Enabled;
+        let members = self.members.iter().filter(|m| enabled(m)).count();
+        let eligible = (0..self.members.len())
+            .filter(|&i| enabled(&self.members[i]))
+            .filter(|&i| matches!(self.standing(i, wanted.model, now), Standing::Eligible { .. }))
+            .count();
+        let panic = Panic::judge(members, eligible);
+        let open: SmallVec<[usize; 8]> = (0..self.members.len())
+            .filter(|&i| {
+                let member = &self.members[i];
+                let standing = self.standing(i, wanted.model, now);
+                !matches!(standing, Standing::Eligible { .. } | Standing::Probation)
+                    && !wanted.has_tried(member)
+                    && panic.admits(standing, member.backend.admin(), member.backend.in_flight() as usize)
+            })
+            .collect();
+        // The least bad: the one that failed least lately.
+        let factor = |i: usize| self.members[i].backend.whole().failure_factor(now);
+        let best = open.into_iter().min_by(|&a, &b| factor(a).total_cmp(&factor(b)))?;
+        Some(self.choose(best, wanted, false))
+    }
+
+    fn choose(self: &Arc<Self>, index: usize, wanted: &Wanted<'_>, trial: bool) -> Choice {
+        let backend = &self.members[index].backend;
+        Choice {
+            pool: self.clone(),
+            index,
+            record: self.record(index, wanted.model),
+            in_flight: InFlight::begin(backend, &self.state, work_units(wanted.prompt_bytes)),
+            trial,
+            again: false,
+        }
+    }
+
+    fn nobody(&self, wanted: &Wanted<'_>, now: Moment) -> Nobody {
+        let mut until: Option<Moment> = None;
+        let (mut tried, mut full) = (false, false);
+        for (i, member) in self.members.iter().enumerate() {
+            if member.backend.admin() != Administrative::Enabled {
+                continue;
+            }
+            match self.standing(i, wanted.model, now) {
+                _ if wanted.has_tried(member) => tried = true,
+                Standing::Eligible { .. } => full = true,
+                Standing::Busy { until: at } => until = Some(until.map_or(at, |u| u.min(at))),
+                Standing::Probation | Standing::Refusing | Standing::Out { .. } => {}
+            }
+        }
+        match (tried, until, full) {
+            (true, ..) => Nobody::AllTried,
+            (false, None, false) => Nobody::Down,
+            (false, until, _) => Nobody::Busy { until },
+        }
+    }
+
+    /// What may be sent to member `i` for `model`: the stricter of its two judges.
+    pub fn standing(&self, i: usize, model: Option<&str>, now: Moment) -> Standing {
+        let backend = &self.members[i].backend;
+        let whole = backend.whole().standing(&self.config.health, now);
+        if model.is_none() || !matches!(whole, Standing::Eligible { .. }) {
+            return whole;
+        }
+        let own = self.record(i, model).standing(&self.config.health, now);
+        match (whole, own) {
+            (Standing::Eligible { share: a }, Standing::Eligible { share: b }) => {
+                Standing::Eligible { share: a.min(b) }
+            }
+            (_, own) => own,
+        }
+    }
+
+    pub(super) fn record(&self, i: usize, model: Option<&str>) -> Arc<Record> {
+        self.members[i].backend.record(model, &self.config.health)
+    }
+}
+
+impl Wanted<'_> {
+    fn has_tried(&self, member: &Member) -> bool {
+        self.tried.contains(&member.backend.id)
+    }
+}
+
+/// The pool as the balancer sees it.
+struct View<'a> {
+    pool: &'a Pool,
+    wanted: &'a Wanted<'a>,
+    now: Moment,
+}
+
+impl View<'_> {
+    fn share(&self, i: usize) -> f64 {
+        match self.pool.standing(i, self.wanted.model, self.now) {
+            Standing::Eligible { share } => f64::from(share),
+            _ => 1.0,
+        }
+    }
+}
+
+impl Candidates for View<'_> {
+    fn len(&self) -> usize {
+        self.pool.members.len()
+    }
+
+    fn tier(&self, i: usize) -> u8 {
+        self.pool.members[i].params.tier
+    }
+
+    fn admissible(&self, i: usize) -> bool {
+        let member = &self.pool.members[i];
+        let backend = &member.backend;
+        if backend.admin() != Administrative::Enabled || self.wanted.has_tried(member) {
+            return false;
+        }
+        let Standing::Eligible { share } = self.pool.standing(i, self.wanted.model, self.now) else {
+            return false;
+        };
+        match member.params.in_flight_max {
+            None => true,
+            Some(max) => f64::from(backend.in_flight()) < (f64::from(max.get()) * f64::from(share)).max(1.0),
+        }
+    }
+
+    fn load(&self, i: usize) -> f64 {
+        let backend = &self.pool.members[i].backend;
+        let work = backend.work.load(std::sync::atomic::Ordering::Relaxed);
+        let coming = UNITS;
+        (work + coming) as f64 * backend.whole().failure_factor(self.now) / (UNITS as f64 * self.weight(i))
+    }
+
+    fn weight(&self, i: usize) -> f64 {
+        f64::from(self.pool.members[i].params.weight.get()) * self.share(i)
+    }
+
+    fn first_token(&self, i: usize) -> Option<f64> {
+        let median = self.pool.state.median_first_token(self.wanted.class);
+        self.pool.record(i, self.wanted.model).expected_first_token(self.wanted.class, self.now, median)
+    }
+
+    fn identity(&self, i: usize) -> u64 {
+        self.pool.members[i].backend.identity
+    }
+
+    fn tiers_uniform(&self) -> bool {
+        self.pool.tiers_uniform
+    }
+}

@@ -1,0 +1,260 @@
+//! Opening a connection: address, TCP, TLS, HTTP handshake, each failure named.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+use std::time::Duration;
+
+use hyper::client::conn::{http1, http2};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+use crate::config::{BackendClocks, UpstreamHttp};
+use crate::upstream::dns::Addresses;
+use crate::upstream::tap::{Tap, Traffic};
+use crate::upstream::tls::Tls;
+use crate::upstream::{H1, H2, H2Stream, Lane, Leased, OutBody, Task};
+
+/// Longest head of an answer; a longer one is a protocol fault (F07).
+const ANSWER_HEAD_BYTES_MAX: usize = 128 * 1024;
+/// Most header fields of an answer.
+const ANSWER_HEADERS_MAX: usize = 200;
+/// How much of an HTTP/2 answer the backend may send ahead, per stream and per connection.
+const H2_STREAM_WINDOW: u32 = 1 << 20;
+const H2_CONNECTION_WINDOW: u32 = 4 << 20;
+
+/// Everything needed to connect to one backend.
+#[derive(Clone)]
+pub struct Target {
+    /// Where it is.
+    pub addresses: Arc<Addresses>,
+    /// `host:port` as written, for the `Host` field.
+    pub authority: http::uri::Authority,
+    /// Set for `https`.
+    pub tls: Option<Tls>,
+    /// HTTP version wanted.
+    pub http: UpstreamHttp,
+    /// TCP connection.
+    pub connect: Duration,
+    /// TCP connection and TLS handshake.
+    pub connect_tls: Duration,
+    /// A kept connection is closed after this.
+    pub idle: Duration,
+    /// HTTP/2 PING on idle connections.
+    pub h2_ping: Duration,
+    /// Its answer is due within this.
+    pub h2_ping_timeout: Duration,
+}
+
+impl Target {
+    /// A target by the clocks of its pool.
+    pub fn new(
+        addresses: Arc<Addresses>,
+        authority: http::uri::Authority,
+        tls: Option<Tls>,
+        http: UpstreamHttp,
+        clocks: &BackendClocks,
+    ) -> Self {
+        Self {
+            addresses,
+            authority,
+            tls,
+            http,
+            connect: clocks.connect,
+            connect_tls: clocks.connect_tls,
+            idle: clocks.idle,
+            h2_ping: clocks.h2_ping,
+            h2_ping_timeout: clocks.h2_ping_timeout,
+        }
+    }
+
+    /// Whether a new connection will (or may well) speak HTTP/2, so that opening one serves many.
+    pub(super) fn prefers_h2(&self) -> bool {
+        match self.http {
+            UpstreamHttp::Http1 => false,
+            UpstreamHttp::Http2 => true,
+            UpstreamHttp::Auto => false,
+        }
+    }
+}
+
+/// Why there is no connection. Nothing of a request was sent.
+#[derive(Debug)]
+pub struct ConnectError {
+    /// The kind of failure.
+    pub failure: ConnectFailure,
+    /// What the system or library said.
+    pub source: io::Error,
+}
+
+impl std::fmt::Display for ConnectError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}: {}", self.failure.name(), self.source)
+    }
+}
+
+impl std::error::Error for ConnectError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&self.source)
+    }
+}
+
+/// Kinds of connect failure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ConnectFailure {
+    /// The name has no address and never had one.
+    Dns,
+    /// Refused, or reset while connecting.
+    Refused,
+    /// No answer within the connect clock.
+    Timeout,
+    /// No route and the like.
+    Unreachable,
+    /// TLS or the HTTP/2 preface failed.
+    Tls,
+    /// This machine has no descriptors, ports or memory left: not the backend's doing.
+    Local,
+}
+
+impl ConnectFailure {
+    /// The word for logs and metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Dns => "dns_failure",
+            Self::Refused => "connection_refused",
+            Self::Timeout => "connect_timeout",
+            Self::Unreachable => "unreachable",
+            Self::Tls => "tls_failure",
+            Self::Local => "local_resources",
+        }
+    }
+
+    fn of(error: &io::Error) -> Self {
+        const EMFILE: i32 = 24;
+        const ENFILE: i32 = 23;
+        match (error.kind(), error.raw_os_error()) {
+            (_, Some(EMFILE | ENFILE))
+            | (io::ErrorKind::AddrNotAvailable | io::ErrorKind::OutOfMemory, _) => Self::Local,
+            (io::ErrorKind::ConnectionRefused | io::ErrorKind::ConnectionReset, _) => Self::Refused,
+            (io::ErrorKind::TimedOut, _) => Self::Timeout,
+            _ => Self::Unreachable,
+        }
+    }
+}
+
+/// A connection that has just been opened.
+pub(super) enum Opened {
+    H1(H1),
+    H2(H2),
+}
+
+impl Opened {
+    /// Makes it known to the lane (HTTP/2 is shared at once) and leases it.
+    pub(super) fn into_leased(self, lane: &Lane) -> Leased {
+        match self {
+            Self::H1(h1) => Leased::H1(h1),
+            Self::H2(h2) => {
+                let h2 = Arc::new(h2);
+                lane.h2.lock().push(h2.clone());
+                Leased::H2(H2Stream::new(h2))
+            }
+        }
+    }
+}
+
+/// Opens a connection by all the means of `target`.
+pub(super) async fn open(target: &Target, upgradable: bool) -> Result<Opened, ConnectError> {
+    let limit = if target.tls.is_some() { target.connect_tls } else { target.connect };
+    match timeout(limit, open_unbounded(target, upgradable)).await {
+        Ok(opened) => opened,
+        Err(_elapsed) => Err(fail(
+            ConnectFailure::Timeout,
+            io::Error::new(
+                io::ErrorKind::TimedOut,
+                format!("no connection to {} within {limit:?}", target.authority),
+            ),
+        )),
+    }
+}
+
+async fn open_unbounded(target: &Target, upgradable: bool) -> Result<Opened, ConnectError> {
+    let tcp = connect_any(target).await?;
+    // Small writes leave at once: Nagle with delayed acknowledgement costs 40 ms a token.
+    tcp.set_nodelay(true).map_err(|e| fail(ConnectFailure::of(&e), e))?;
+    let Some(tls) = &target.tls else {
+        return handshake(target, tcp, target.http == UpstreamHttp::Http2, upgradable).await;
+    };
+    let (connector, name) =
+        tls.for_host(target.authority.host()).map_err(|e| fail(ConnectFailure::Tls, e))?;
+    let stream = connector.connect(name, tcp).await.map_err(|e| fail(ConnectFailure::Tls, e))?;
+    let h2 = stream.get_ref().1.alpn_protocol() == Some(b"h2") && !upgradable;
+    handshake(target, stream, h2, upgradable).await
+}
+
+/// Tries the addresses in turn; the last failure is the answer.
+async fn connect_any(target: &Target) -> Result<TcpStream, ConnectError> {
+    let (addresses, first) = target.addresses.resolved().await.map_err(|e| fail(ConnectFailure::Dns, e))?;
+    let mut last = None;
+    for i in 0..addresses.len() {
+        let address: SocketAddr = addresses[(first + i) % addresses.len()];
+        match TcpStream::connect(address).await {
+            Ok(stream) => return Ok(stream),
+            Err(e) => last = Some(e),
+        }
+    }
+    let error = last.unwrap_or_else(|| io::Error::from(io::ErrorKind::NotFound));
+    Err(fail(ConnectFailure::of(&error), error))
+}
+
+async fn handshake<T>(target: &Target, io: T, h2: bool, upgradable: bool) -> Result<Opened, ConnectError>
+where
+    T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let (io, traffic) = Tap::new(io);
+    let io = TokioIo::new(io);
+    if h2 { handshake_h2(target, io, traffic).await } else { handshake_h1(io, traffic, upgradable).await }
+        .map_err(|e| fail(ConnectFailure::Tls, io::Error::other(e)))
+}
+
+async fn handshake_h1<T>(io: TokioIo<T>, traffic: Arc<Traffic>, upgradable: bool) -> hyper::Result<Opened>
+where
+    T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let (sender, connection) = http1::Builder::new()
+        .max_header_size(ANSWER_HEAD_BYTES_MAX)
+        .max_headers(ANSWER_HEADERS_MAX)
+        .handshake::<_, OutBody>(io)
+        .await?;
+    // Errors of the connection reach the exchange on it; an idle one just ends.
+    let task = if upgradable {
+        tokio::spawn(async move { drop(connection.with_upgrades().await) })
+    } else {
+        tokio::spawn(async move { drop(connection.await) })
+    };
+    Ok(Opened::H1(H1 { sender, traffic, _task: Task(task.abort_handle()) }))
+}
+
+async fn handshake_h2<T>(target: &Target, io: TokioIo<T>, traffic: Arc<Traffic>) -> hyper::Result<Opened>
+where
+    T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let (sender, connection) = http2::Builder::new(TokioExecutor::new())
+        .timer(TokioTimer::new())
+        .initial_stream_window_size(H2_STREAM_WINDOW)
+        .initial_connection_window_size(H2_CONNECTION_WINDOW)
+        .keep_alive_interval(target.h2_ping)
+        .keep_alive_timeout(target.h2_ping_timeout)
+        .keep_alive_while_idle(true)
+        .max_header_list_size(ANSWER_HEAD_BYTES_MAX as u32)
+        .handshake::<_, OutBody>(io)
+        .await?;
+    let task = tokio::spawn(async move { drop(connection.await) });
+    Ok(Opened::H2(H2 { sender, traffic, streams: AtomicUsize::new(0), _task: Task(task.abort_handle()) }))
+}
+
+fn fail(failure: ConnectFailure, source: io::Error) -> ConnectError {
+    ConnectError { failure, source }
+}
