@@ -14,7 +14,7 @@ mod state;
 
 pub use backend::{Backend, BackendId, Listed, Record};
 pub use in_flight::InFlight;
-pub use judge::About;
+pub use judge::{About, Receipt};
 pub use pick::{Choice, Class, Nobody, Wanted};
 pub use snapshot::{Applied, Directory, Member, Pool, Snapshot};
 pub use state::{PoolState, Waiting};
