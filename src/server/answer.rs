@@ -22,6 +22,8 @@ use hyper::body::Incoming;
 
 use super::Context;
 use super::pulse::{Exchange, Pulse};
+use super::streams::{self, Asked};
+use crate::drain::Draining;
 use crate::policy::dialect::{Endpoint, Rejection, error_body};
 use crate::proxy::{Client, HeadDefect};
 use crate::telemetry::Telemetry;
@@ -50,6 +52,7 @@ pub(super) struct Desk<H> {
     pub(super) context: Arc<Context<H>>,
     pub(super) client: Arc<Client>,
     pub(super) pulse: Arc<Pulse>,
+    pub(super) retired: Draining,
     pub(super) headers_max: usize,
 }
 
@@ -95,7 +98,7 @@ impl<H: Answers> Desk<H> {
                     desk.refuse(endpoint, FAILED, exchange)
                 }
             };
-            if h1 && (defect.is_some() || desk.pulse.defect_at(number + 1).is_some()) {
+            if h1 && (defect.is_some() || desk.is_last(number)) {
                 answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
             }
             if h1 && leaves_http(&method, answer.status()) {
@@ -103,6 +106,13 @@ impl<H: Answers> Desk<H> {
             }
             Ok(answer)
         }
+    }
+
+    /// Whether the connection ends with this answer, so that the client hears it in time.
+    fn is_last(&self, number: u64) -> bool {
+        self.context.draining.is_draining()
+            || self.retired.is_draining()
+            || self.pulse.defect_at(number + 1).is_some()
     }
 
     fn defect(&self, number: u64, request: &Request<Incoming>) -> Option<HeadDefect> {
@@ -184,6 +194,31 @@ impl<B> AnswerBody<B> {
         Self { source, failed: None, exchange, telemetry, ends_by_close: old }
     }
 
+    fn poll_source(&mut self, cx: &mut TaskContext<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>>
+    where
+        B: Body<Data = Bytes, Error: Into<BoxError>> + Unpin,
+    {
+        if self.failed.is_some() {
+            return self.poll_failed(cx);
+        }
+        let body = match &mut self.source {
+            Source::Handler(body) => body,
+            Source::Own(bytes) => return Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
+        };
+        let error = match catch_unwind(AssertUnwindSafe(|| Pin::new(body).poll_frame(cx))) {
+            Ok(Poll::Ready(Some(Err(error)))) => error.into(),
+            Ok(Poll::Ready(Some(Ok(frame)))) => return Poll::Ready(Some(Ok(frame))),
+            Ok(Poll::Ready(None)) => return Poll::Ready(None),
+            Ok(Poll::Pending) => return Poll::Pending,
+            Err(panic) => {
+                told(&self.telemetry, &"the body of an answer", panic.as_ref());
+                "the answer's source panicked".into()
+            }
+        };
+        self.failed = Some(Failed { error, settled: self.exchange.pulse().settled() });
+        self.poll_failed(cx)
+    }
+
     /// Shows the failure once everything written before it has left.
     fn poll_failed(&mut self, cx: &TaskContext<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         let pulse = self.exchange.pulse();
@@ -217,26 +252,9 @@ where
         mut self: Pin<&mut Self>,
         cx: &mut TaskContext<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
-        let this = &mut *self;
-        if this.failed.is_some() {
-            return this.poll_failed(cx);
-        }
-        let body = match &mut this.source {
-            Source::Handler(body) => body,
-            Source::Own(bytes) => return Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
-        };
-        let error = match catch_unwind(AssertUnwindSafe(|| Pin::new(body).poll_frame(cx))) {
-            Ok(Poll::Ready(Some(Err(error)))) => error.into(),
-            Ok(Poll::Ready(Some(Ok(frame)))) => return Poll::Ready(Some(Ok(frame))),
-            Ok(Poll::Ready(None)) => return Poll::Ready(None),
-            Ok(Poll::Pending) => return Poll::Pending,
-            Err(panic) => {
-                told(&this.telemetry, &"the body of an answer", panic.as_ref());
-                "the answer's source panicked".into()
-            }
-        };
-        this.failed = Some(Failed { error, settled: this.exchange.pulse().settled() });
-        this.poll_failed(cx)
+        let polled = self.poll_source(cx);
+        streams::asked(if polled.is_pending() { Asked::Waits } else { Asked::Gave });
+        polled
     }
 
     fn is_end_stream(&self) -> bool {

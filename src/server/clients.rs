@@ -100,9 +100,9 @@ impl Clients {
 
     fn try_take(&self, telemetry: &Telemetry) -> bool {
         let max = self.bounds.load().limits.connections_max;
-        let taken = self.open.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |open| {
-            (open < max).then_some(open + 1)
-        });
+        let taken = self
+            .open
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |open| (open < max).then_some(open + 1));
         match taken {
             Ok(before) => {
                 if before < max - max / 10 && self.full.load(Ordering::Relaxed) {

@@ -14,7 +14,7 @@ use hyper::body::Incoming;
 use hyper::rt::{Read, Write};
 use hyper::server::conn::{http1, http2};
 use hyper::service::{HttpService, service_fn};
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsAcceptor;
@@ -22,6 +22,7 @@ use tokio_rustls::TlsAcceptor;
 use super::answer::Desk;
 use super::clients::{Bounds, Place};
 use super::pulse::{Clock, Pulse};
+use super::streams::Streams;
 use super::wire::{Socket, Wire};
 use super::{Answers, Context, Listening, tls};
 use crate::clock::{self, ALARM_TICK, Alarm};
@@ -146,27 +147,30 @@ pub(super) async fn serve<H: Answers>(
         context: Arc::clone(&context),
         client,
         pulse: Arc::clone(&pulse),
+        retired: watch.listener.clone(),
         headers_max: bounds.limits.headers_max,
     });
     let wire = Wire::new(socket, early, version == HttpVersion::One, Arc::clone(&pulse), place);
     let wire = TokioIo::new(wire);
     let service = service_fn(move |request| desk.answer(request));
-    let ended = match version {
+    match version {
         HttpVersion::One => {
-            let connection = http1_builder(&bounds.limits).serve_connection(wire, service).with_upgrades();
-            let mut connection = connection;
+            let builder = http1_builder(&bounds.limits);
+            let mut connection = builder.serve_connection(wire, service).with_upgrades();
             let ended = drive(Pin::new(&mut connection), &pulse, &watch).await;
+            told(&ended, peer, &context.telemetry);
             if let (Ended::Cut(Clock::Head), Some(parts)) = (&ended, connection.into_parts()) {
                 too_late(parts.io.into_inner(), &watch).await;
             }
-            ended
         }
         HttpVersion::Two => {
-            let connection = http2_builder(&bounds).serve_connection(wire, service);
-            drive(pin!(connection), &pulse, &watch).await
+            let slow_reader = bounds.clocks.slow_reader;
+            let streams = Streams::new(context.alarms.clone(), slow_reader, Arc::clone(&context.telemetry));
+            let connection = http2_builder(&bounds, streams).serve_connection(wire, service);
+            let ended = drive(pin!(connection), &pulse, &watch).await;
+            told(&ended, peer, &context.telemetry);
         }
-    };
-    told(&ended, peer, &context.telemetry);
+    }
 }
 
 /// The TLS handshake, under the head clock. `None` if it failed or came too late.
@@ -263,8 +267,8 @@ fn http1_builder(limits: &Limits) -> http1::Builder {
 /// hyper's own default.
 const HYPER_HEADERS_MAX: usize = 100;
 
-fn http2_builder(bounds: &Bounds) -> http2::Builder<TokioExecutor> {
-    let mut builder = http2::Builder::new(TokioExecutor::new());
+fn http2_builder(bounds: &Bounds, streams: Streams) -> http2::Builder<Streams> {
+    let mut builder = http2::Builder::new(streams);
     builder
         .timer(TokioTimer::new())
         .max_concurrent_streams(bounds.limits.h2_streams_max)
@@ -409,7 +413,7 @@ const FAREWELL: std::time::Duration = std::time::Duration::from_secs(1);
 
 /// Keys of the clocks, as `count_limit` wants them.
 const HEAD_CLOCK: &str = "client_clocks.head";
-const SLOW_READER_CLOCK: &str = "client_clocks.slow_reader";
+pub(super) const SLOW_READER_CLOCK: &str = "client_clocks.slow_reader";
 
 /// Counts and logs what ended the connection, as far as it is worth it.
 fn told(ended: &Ended, peer: SocketAddr, telemetry: &Telemetry) {

@@ -350,7 +350,8 @@ mod tests {
 
     #[test]
     fn lengths_are_digits_and_agree() {
-        for fields in ["+5", "-1", "5 5", "5, 5", "0x5", "", "18446744073709551616", "5\r\nContent-Length: 6"] {
+        for fields in ["+5", "-1", "5 5", "5, 5", "0x5", "", "18446744073709551616", "5\r\nContent-Length: 6"]
+        {
             let request = format!("POST / HTTP/1.1\r\nContent-Length: {fields}\r\n\r\n");
             assert_eq!(defect(request.as_bytes()), Some((1, HeadDefect::UnclearFraming)), "{fields:?}");
         }
@@ -361,8 +362,18 @@ mod tests {
     #[test]
     fn broken_chunks_make_the_next_head_suspect() {
         for body in [
-            "0x5\r\n", "+5\r\n", "\r\n", "5", "5\n", "5 5\r\n", "5;a\nb\r\n", "FFFFFFFFFFFFFFFFF\r\n",
-            "1\r\nab\r\n", "1\r\na\n", "0\r\nA: b\n\r\n", "0\r\n\r\r",
+            "0x5\r\n",
+            "+5\r\n",
+            "\r\n",
+            "5",
+            "5\n",
+            "5 5\r\n",
+            "5;a\nb\r\n",
+            "FFFFFFFFFFFFFFFFF\r\n",
+            "1\r\nab\r\n",
+            "1\r\na\n",
+            "0\r\nA: b\n\r\n",
+            "0\r\n\r\r",
         ] {
             let request = format!("POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n{body}xyz");
             assert_eq!(defect(request.as_bytes()), Some((2, HeadDefect::UnclearFraming)), "{body:?}");

@@ -14,6 +14,7 @@ mod connection;
 mod guard;
 mod listening;
 mod pulse;
+mod streams;
 #[cfg(test)]
 mod tests;
 mod tls;

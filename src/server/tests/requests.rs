@@ -27,7 +27,8 @@ async fn a_connection_is_kept_for_further_requests() {
         assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");
         assert!(!answer.contains("close"), "{answer}");
     }
-    peer.send("POST /echo HTTP/1.1\r\nHost: toy\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n").await;
+    peer.send("POST /echo HTTP/1.1\r\nHost: toy\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n")
+        .await;
     peer.until("abc").await;
     peer.ask("/client", &format!("false {}", server.address)).await;
     assert!(server.metrics().contains("evergate_downstream_connections_total"));
@@ -39,8 +40,9 @@ async fn pipelined_requests_are_answered_in_their_order() {
     let server = start(bounds());
     let mut peer = server.connect().await;
     let body = "POST /echo HTTP/1.1\r\nHost: toy\r\nContent-Length: 3\r\n\r\nabc";
-    peer.send(format!("{}{body}{}{}", get("/1"), get("/2"), get("/3"))).await;
-    for end in ["/1", "abc", "/2", "/3"] {
+    let [first, second, third] = ["/first", "/second", "/third"].map(get);
+    peer.send(format!("{first}{body}{second}{third}")).await;
+    for end in ["/first", "abc", "/second", "/third"] {
         let answer = peer.until(end).await;
         assert_eq!(answer.matches("HTTP/1.1 200 OK").count(), 1, "{answer}");
     }
@@ -73,7 +75,7 @@ async fn http2_is_known_by_its_preface_in_whatever_pieces_it_comes() {
         peer.send([*byte]).await;
         tokio::task::yield_now().await;
     }
-    peer.until("\0\x04\0\0\0\0\0").await;
+    peer.until("\0\x04\x01\0\0\0\0").await;
 }
 
 #[tokio::test]
@@ -142,7 +144,8 @@ async fn tls_clients_choose_their_version_by_alpn() {
     plain.send(get("/say")).await;
     let (got, _) = plain.to_end().await;
     assert!(!got.contains("hello"), "{got}");
-    super::toy::eventually("the failure is counted", || server.listening.metrics.tls_failures.get() == 2).await;
+    super::toy::eventually("the failure is counted", || server.listening.metrics.tls_failures.get() == 2)
+        .await;
 }
 
 #[test]

@@ -71,7 +71,10 @@ async fn who_waits_in_the_queue_when_the_drain_begins_is_answered() {
     server.drain.trigger();
     for mut peer in queued {
         let (got, end) = peer.to_end().await;
-        assert!(got.ends_with("hello") && got.contains("connection: close") && end.is_ok(), "{got:?} {end:?}");
+        assert!(
+            got.ends_with("hello") && got.contains("connection: close") && end.is_ok(),
+            "{got:?} {end:?}"
+        );
     }
     server.accepting.await.unwrap().unwrap();
 }

@@ -191,8 +191,7 @@ pub(super) fn start(bounds: Bounds) -> Server {
 }
 
 pub(super) fn start_with(bounds: Bounds, tls: Option<config::ListenerTls>) -> Server {
-    let mut bound =
-        bind((std::net::Ipv4Addr::LOCALHOST, 0).into(), NonZeroUsize::MIN, Claim::Fresh).unwrap();
+    let mut bound = bind((std::net::Ipv4Addr::LOCALHOST, 0).into(), NonZeroUsize::MIN, Claim::Fresh).unwrap();
     let telemetry = Arc::new(Telemetry::silent());
     let listener = config::Listener { address: bound.address, tls, trusted_proxies: Vec::new() };
     let listening = Listening::new(&listener, &telemetry).unwrap();
