@@ -13,10 +13,10 @@ use std::fs;
 use std::io::Write as _;
 use std::path::Path;
 
-// ------------------------------------------------------------------------------------------------ the rules
+// --- the rules
 
 /// What stands directly in `src/`, and its layer. Imports point to the same or a lower layer, never up.
-const LAYERS: [(&str, u8); 21] = [
+const LAYERS: &[(&str, u8)] = &[
     // 5, wiring: the parts are put together here and nowhere else.
     ("main", 5),
     ("lib", 5),
@@ -47,14 +47,14 @@ const LAYERS: [(&str, u8); 21] = [
 ];
 
 /// A module that only these may import.
-const PRIVATE_TO: [(&str, &[&str]); 1] = [("sim", &["sim", "demo"])];
+const PRIVATE_TO: &[(&str, &[&str])] = &[("sim", &["sim", "demo"])];
 
 /// Crates layer 0 may name. All others of Cargo.toml are forbidden there: a new one is judged when it comes.
-const PURE_CRATES: [&str; 8] =
-    ["bytes", "fastrand", "http", "itoa", "memchr", "serde_json", "smallvec", "ipnet"];
+const PURE_CRATES: &[&str] =
+    &["bytes", "fastrand", "http", "itoa", "memchr", "serde_json", "smallvec", "ipnet"];
 
 /// Paths layer 0 may not name, with what stands against them. A prefix forbids all that lies under it.
-const IMPURE_PATHS: [(&str, &str); 22] = [
+const IMPURE_PATHS: &[(&str, &str)] = &[
     ("std::io", "does I/O"),
     ("std::fs", "does I/O"),
     ("std::env", "reads its environment"),
@@ -80,7 +80,7 @@ const IMPURE_PATHS: [(&str, &str); 22] = [
 ];
 
 /// Words layer 0 may not contain, a macro with its `!`.
-const IMPURE_WORDS: [(&str, &str); 8] = [
+const IMPURE_WORDS: &[(&str, &str)] = &[
     ("async", "does not wait"),
     ("await", "does not wait"),
     ("println!", "does not print"),
@@ -92,7 +92,7 @@ const IMPURE_WORDS: [(&str, &str); 8] = [
 ];
 
 /// Words a module may not contain, with what stands against them.
-const WORDS: [(&[&str], &[&str], &str); 2] = [
+const WORDS: &[(&[&str], &[&str], &str)] = &[
     (
         &[
             "proxy",
@@ -121,7 +121,7 @@ const LOOP_FILE: &str = "src/proxy/exchange.rs";
 const LOOP_MARK: &str = "the attempt loop";
 const LOOP_LINES_MAX: usize = 60;
 /// Words that have no place in it: header fiddling, metrics, prose for the log.
-const LOOP_WORDS: [&str; 12] = [
+const LOOP_WORDS: &[&str] = &[
     "HeaderMap",
     "HeaderName",
     "HeaderValue",
@@ -136,7 +136,7 @@ const LOOP_WORDS: [&str; 12] = [
     "format!",
 ];
 
-// ------------------------------------------------------------------------------------------------ the test
+// --- the test
 
 #[test]
 fn the_source_keeps_to_its_architecture() {
@@ -212,10 +212,10 @@ fn dependencies(manifest: &str) -> BTreeSet<String> {
     names
 }
 
-// ------------------------------------------------------------------------------------------------ the checks
+// --- the checks
 
 fn check(sources: &[Source], crates: &BTreeSet<String>) -> Vec<Violation> {
-    let layers: BTreeMap<&str, u8> = LAYERS.into_iter().collect();
+    let layers: BTreeMap<&str, u8> = LAYERS.iter().copied().collect();
     let mut found = Vec::new();
     let mut files = Vec::new();
     let mut test_modules = BTreeSet::new();
@@ -238,6 +238,14 @@ fn check(sources: &[Source], crates: &BTreeSet<String>) -> Vec<Violation> {
             ));
         }
         let (tokens, comments) = lex(&source.text);
+        let opened = |brackets: &str| tokens.iter().filter(|token| brackets.contains(&*token.text)).count();
+        if ["{}", "()", "[]"].iter().any(|pair| opened(&pair[..1]) != opened(&pair[1..])) {
+            found.push(violation(
+                source,
+                1,
+                "this test cannot read the file: its brackets do not match".into(),
+            ));
+        }
         for token in tokens.iter().filter(|token| token.is_word("unsafe")) {
             found.push(violation(source, token.line, "no `unsafe`".into()));
         }
@@ -261,7 +269,7 @@ fn check(sources: &[Source], crates: &BTreeSet<String>) -> Vec<Violation> {
         if layer == 0 {
             check_purity(source, production, crates, &mut found);
         }
-        for (modules, words, reason) in WORDS {
+        for &(modules, words, reason) in WORDS {
             if modules.contains(&top) {
                 for token in production.iter().filter(|token| words.iter().any(|word| token.is_word(word))) {
                     found.push(violation(
@@ -314,7 +322,7 @@ fn check_imports(
             }
             Some(_) => {}
         }
-        for (private, friends) in PRIVATE_TO {
+        for &(private, friends) in PRIVATE_TO {
             if name == private && !friends.contains(&top) {
                 let rule = format!("`{top}` may not import `{private}`: production never rests on it");
                 found.push(violation(source, path.line, rule));
@@ -340,7 +348,7 @@ fn check_purity(source: &Source, tokens: &[Token], crates: &BTreeSet<String>, fo
         if first == "fastrand" && path.segments.get(1).is_none_or(|second| second != "Rng") {
             report(path.line, &joined, "draws no random numbers; `rng: &mut fastrand::Rng` is an argument");
         }
-        for (impure, reason) in IMPURE_PATHS {
+        for &(impure, reason) in IMPURE_PATHS {
             // `time::Instant` too, behind a `use std::time`; but a name alone, as `io`, may be anyone's.
             let tail = impure.strip_prefix("std::").filter(|tail| tail.contains("::"));
             if format!("{joined}::").starts_with(&format!("{impure}::"))
@@ -354,7 +362,7 @@ fn check_purity(source: &Source, tokens: &[Token], crates: &BTreeSet<String>, fo
         }
     }
     for (token, next) in tokens.iter().zip(tokens.iter().skip(1).map(Some).chain([None])) {
-        for (word, reason) in IMPURE_WORDS {
+        for &(word, reason) in IMPURE_WORDS {
             if is_word_or_macro(token, next, word) {
                 report(token.line, word, reason);
             }
@@ -384,7 +392,7 @@ fn check_loop(source: &Source, tokens: &[Token], comments: &[Comment], found: &m
             found.push(violation(source, first, rule));
         }
         for at in begin..end {
-            for word in LOOP_WORDS {
+            for &word in LOOP_WORDS {
                 if is_word_or_macro(&tokens[at], tokens.get(at + 1), word) {
                     let rule = format!(
                         "`{word}` in {LOOP_MARK}: no header fiddling, no metrics, no prose for the log"
@@ -438,7 +446,7 @@ fn lines(tokens: &[Token], begin: usize, end: usize) -> std::ops::RangeInclusive
     tokens[begin].line..=tokens[end].line
 }
 
-// ------------------------------------------------------------------------------------------------ paths
+// --- paths
 
 /// A path as it is written, groups taken apart: `use a::{b, c::*}` is `a::b` and `a::c::*`.
 #[derive(Debug)]
@@ -496,8 +504,8 @@ fn begins_path(tokens: &[Token], at: usize) -> bool {
 }
 
 /// Words that may stand before a path with a leading `::`.
-const KEYWORDS: [&str; 13] =
-    ["use", "as", "in", "return", "impl", "dyn", "for", "mut", "where", "if", "match", "else", "break"];
+const KEYWORDS: &[&str] =
+    &["use", "as", "in", "return", "impl", "dyn", "for", "mut", "where", "if", "match", "else", "break"];
 
 /// Reads one tree of `use` (or one plain path) from `at` on; returns the index behind it.
 fn tree(
@@ -574,7 +582,7 @@ fn module_of(inner: &str) -> Vec<String> {
     parts
 }
 
-// ------------------------------------------------------------------------------------------------ what only tests have
+// --- what only tests have
 
 /// The tokens without items, variants, arms and fields under `#[cfg(test)]` or `#[test]`, and the names of modules that
 /// stand in files of their own under it.
@@ -693,7 +701,7 @@ fn group_end(tokens: &[Token], open: usize) -> usize {
     tokens.len().saturating_sub(1)
 }
 
-// ------------------------------------------------------------------------------------------------ tokens
+// --- tokens
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
@@ -827,7 +835,7 @@ fn character_or_lifetime(rest: &[u8]) -> usize {
     1 + rest[1..].iter().position(|byte| !is_word_byte(*byte)).unwrap_or(rest.len() - 1)
 }
 
-// ------------------------------------------------------------------------------------------------ the checker, checked
+// --- the checker, checked
 
 /// Lines and rules of the violations in one file, which begins with its header.
 fn in_file(path: &str, body: &str) -> Vec<(usize, String)> {
@@ -939,6 +947,11 @@ fn every_file_belongs_to_a_layer_and_has_a_header() {
     assert_found("src/clock.rs", "use crate::Thing;", 2, "`crate::Thing` is no module");
     assert_found("src/clock.rs", "use super::*;", 2, "crate's root");
     assert_found("src/clock.rs", "use crate as root;", 2, "crate's root");
+    assert_found("src/clock.rs", "fn f() { g(']')", 1, "brackets do not match");
+    assert_clean(
+        "src/clock.rs",
+        "fn f() { g(']', b'{', \"(\", r#\"\"[\"#, '\\'', '\\u{7d}') } // }\n/* ( */",
+    );
     let bare = Source { path: "src/clock.rs".into(), text: "// Not a header.\n".into() };
     let found = check(&[bare], &BTreeSet::new());
     assert!(found.len() == 1 && found[0].rule.contains("header"), "{found:?}");
