@@ -79,12 +79,7 @@ impl Pool {
     pub fn probed(&self, i: usize, verdict: ProbeVerdict, rng: &mut fastrand::Rng) {
         let now = clock::now();
         let member = &self.members[i];
-        member.backend.metrics.count_probe(match verdict {
-            ProbeVerdict::Pass => ProbeResult::Pass,
-            ProbeVerdict::WeakPass => ProbeResult::WeakPass,
-            ProbeVerdict::Fail => ProbeResult::Fail,
-            ProbeVerdict::Refusing => ProbeResult::Refusing,
-        });
+        member.backend.metrics.count_probe(ProbeResult::from(verdict));
         let record = member.backend.whole();
         let peers = self.peers(i, None, now);
         if let Some(transition) = record.probe(&self.config.health, now, verdict, &peers, rng) {
@@ -249,6 +244,7 @@ impl Pool {
             | Transition::AwaitsProbe
             | Transition::SlowStartOver => {}
         }
+        backend.nudge_prober();
         self.publish_standing();
     }
 
