@@ -9,7 +9,7 @@ use super::file::Document;
 use super::validate;
 
 /// What errors about flags say instead of a file.
-const COMMAND_LINE: &str = "command line";
+pub(super) const COMMAND_LINE: &str = "command line";
 
 /// Reads and validates the file at `path`, with the environment of this process.
 pub fn load(path: &Path) -> Result<Config, ConfigErrors> {

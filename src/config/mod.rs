@@ -14,6 +14,7 @@ mod files;
 mod keys;
 mod load;
 mod memory;
+mod source;
 #[cfg(test)]
 mod tests;
 mod units;
@@ -23,6 +24,7 @@ pub use diff::{Change, Effect, diff};
 pub use error::{ConfigError, ConfigErrors};
 pub use keys::known_keys;
 pub use load::{from_flags, load, parse};
+pub use source::{Overrides, Source};
 
 use std::net::SocketAddr;
 use std::num::{NonZeroU32, NonZeroUsize};
