@@ -86,7 +86,8 @@ impl Exchange {
         }
     }
 
-    /// Runs it to its answer. This is the attempt loop.
+    /// Runs it to its answer.
+    // the attempt loop
     pub(super) async fn run(mut self) -> Response<AnswerBody> {
         loop {
             let choice = match self.choose().await {

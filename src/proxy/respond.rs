@@ -117,9 +117,7 @@ impl Refusal {
 
     fn message(&self, attempts: u8) -> Cow<'static, str> {
         match self {
-            Self::Framing(HeadDefect::LengthAndEncoding) => {
-                "the request has both Content-Length and Transfer-Encoding; send only one of them".into()
-            }
+            Self::Framing(defect) => framing_message(*defect).into(),
             Self::Invalid(what) => (*what).into(),
             Self::Method => "CONNECT and TRACE are not supported".into(),
             Self::Expectation => "only `Expect: 100-continue` is supported".into(),
@@ -160,6 +158,17 @@ impl Refusal {
     }
 }
 
+fn framing_message(defect: HeadDefect) -> &'static str {
+    match defect {
+        HeadDefect::LengthAndEncoding => {
+            "the request has both Content-Length and Transfer-Encoding; send only one of them"
+        }
+        HeadDefect::TransferCoding => "the only Transfer-Encoding supported is `chunked`",
+        HeadDefect::Host => "the Host header field is missing, repeated or malformed",
+        HeadDefect::UnclearFraming => "it is not clear where the request ends",
+    }
+}
+
 fn is_timeout(cause: Cause) -> bool {
     matches!(
         cause,
@@ -175,9 +184,6 @@ fn is_timeout(cause: Cause) -> bool {
 /// An answer of evergate's own.
 pub(super) fn refuse(mut ledger: Ledger, dialect: Dialect, refusal: &Refusal) -> Response<AnswerBody> {
     ledger.worker().telemetry().metrics.count_rejection(refusal.code());
-    if let Refusal::Framing(defect) = refusal {
-        ledger.worker().telemetry().metrics.count_smuggling(defect.name());
-    }
     let rejection = refusal.rejection(&ledger.id, ledger.attempts());
     let (content_type, body) = error_body(dialect, &rejection);
     let mut response = Response::new(());
