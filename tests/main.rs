@@ -6,5 +6,6 @@
 #![allow(clippy::disallowed_methods)]
 
 mod failover;
+mod relay;
 mod sim;
 mod support;
