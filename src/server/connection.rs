@@ -257,8 +257,9 @@ fn http1_builder(limits: &Limits) -> http1::Builder {
     builder
         .header_read_timeout(None)
         // One copy and one write for head and body, cheaper than two slices for answers of this size. Not
-        // `pipeline_flush`, which flattens too: it lifts the bound of the write buffer (a slow
-        // reader of a long answer fills the memory) and holds an answer back while another request waits.
+        // `pipeline_flush`, which flattens too: it lifts the bound of the write buffer, so that an answer
+        // that is always ready never leaves hyper's loop and fills the memory, and it holds a stream
+        // back for as long as another request waits behind it.
         .writev(false)
         .max_header_size(limits.head_bytes_max)
         .max_buf_size(limits.head_bytes_max.max(H1_BUFFER_MIN));
