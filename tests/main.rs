@@ -5,5 +5,7 @@
 // Tests measure real time; only the crate itself must go through its clock.
 #![allow(clippy::disallowed_methods)]
 
+mod discover;
+mod probe;
 mod sim;
 mod support;
