@@ -3,17 +3,18 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::time::{Duration, Instant};
 
 use evergate::discover;
 use evergate::drain::Drain;
 use evergate::pool::{Backend as Record, Directory};
 use evergate::telemetry::Telemetry;
-use evergate::upstream::{OutBody, Resolver, Want};
+use evergate::upstream::{ConnectFailure, OutBody, Resolver, Want};
 use parking_lot::Mutex;
 use tokio::net::UdpSocket;
 use tokio::task::JoinHandle;
 
-use crate::support::backend::Backend;
+use crate::support::backend::{Backend, NeverAccepting};
 use crate::support::proxy::ProxyBuilder;
 use crate::support::{PATIENCE, eventually, within};
 
@@ -222,6 +223,29 @@ async fn connections_are_closed_when_their_address_is_gone_and_only_then() {
         frame.unwrap();
     }
     assert_eq!(lane.idle(), 0);
+}
+
+#[tokio::test]
+async fn one_dead_address_of_a_name_does_not_hold_up_the_others() {
+    let backend = Backend::healthy().await;
+    let port = backend.addr().port();
+    let swallowing = NeverAccepting::at(SocketAddr::from(([127, 0, 0, 2], port))).await;
+    // Nobody listens at the third: refused at once.
+    let names = NameServer::start(at(&[1, 2, 3])).await;
+    let pool = quick().backend(&format!("http://replica.test:{port}")).set("pool.clocks.connect", "3s");
+    let discovering = Discovering::start(&pool, Resolver::asking(names.address));
+    let snapshot = discovering.directory.snapshot();
+    let member = &snapshot.pools[0].members[0];
+    // Each is the first to be tried once.
+    for _ in 0..3 {
+        let begin = Instant::now();
+        member.backend.lane(0).lease(&member.target, Want::Fresh).await.unwrap();
+        assert!(begin.elapsed() < Duration::from_secs(2), "{:?}", begin.elapsed());
+    }
+    drop(swallowing);
+    backend.stop().await;
+    let failure = member.backend.lane(0).lease(&member.target, Want::Fresh).await.err().unwrap();
+    assert_eq!(failure.failure, ConnectFailure::Refused, "{failure}");
 }
 
 #[tokio::test]
