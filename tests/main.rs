@@ -5,7 +5,9 @@
 // Tests measure real time; only the crate itself must go through its clock.
 #![allow(clippy::disallowed_methods)]
 
+mod discover;
 mod failover;
+mod probe;
 mod relay;
 mod sim;
 mod support;

@@ -8,6 +8,7 @@ use evergate::config::Source;
 use evergate::telemetry::Telemetry;
 use evergate::telemetry::metrics::End;
 
+use evergate::config::{self, Config};
 use toml::{Table, Value};
 
 /// Builds the TOML a test's evergate runs by. Ports are the kernel's choice.
@@ -101,6 +102,12 @@ impl ProxyBuilder {
         toml::to_string(&top).unwrap()
     }
 
+    /// The configuration as the binary would read it.
+    #[track_caller]
+    pub fn build_config(&self) -> Config {
+        config::parse(&self.build_toml(), "test", &|_| None).unwrap_or_else(|errors| panic!("{errors}"))
+    }
+
     fn pool(&mut self) -> &mut Table {
         self.pools.last_mut().expect("a builder has a pool from the start")
     }
@@ -128,7 +135,7 @@ impl Proxy {
     /// Starts one by a text, and follows `source` where given.
     #[track_caller]
     pub fn start_toml(toml: &str, source: Option<Source>) -> Self {
-        let config = match evergate::config::parse(toml, "test.toml", &|_| None) {
+        let config = match config::parse(toml, "test.toml", &|_| None) {
             Ok(config) => config,
             Err(errors) => panic!("{errors}\n{toml}"),
         };
