@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::clock;
 use crate::policy::Moment;
 use crate::policy::health::{
-    Administrative, Observation, Operational, Panic, Peers, ProbeVerdict, Standing, Transition,
+    Administrative, Health, Observation, Operational, Panic, Peers, ProbeVerdict, Standing, Transition,
 };
 use crate::pool::backend::{Backend, Record};
 use crate::pool::pick::{Choice, Class};
@@ -39,6 +39,11 @@ impl Choice {
         };
         let model = self.model_of(record);
         self.pool.observe(self.index, record, model.as_deref(), observation, rng);
+    }
+
+    /// Whether the backend has served others, as far as its latest fault but one.
+    pub fn serves(&self) -> bool {
+        self.record.read(Health::serves)
     }
 
     /// What is needed to take a fault back later.

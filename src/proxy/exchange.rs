@@ -70,7 +70,7 @@ impl Exchange {
         pool.state.deposit();
         Self {
             worker: ledger.worker().clone(),
-            history: History::new(pool.members.len()),
+            history: History::default(),
             asked,
             body,
             ledger,
@@ -115,6 +115,9 @@ impl Exchange {
             let nobody = match self.pick() {
                 Ok(choice) => return Ok(choice),
                 Err(Nobody::AllTried) => {
+                    if self.may_wait(Nobody::AllTried).is_none() {
+                        return Err(Refusal::Down);
+                    }
                     self.back_off().await;
                     self.tried.clear();
                     continue;

@@ -190,6 +190,8 @@ pub struct Health {
     /// Last success or first token, if no fault came after it, and how many of them.
     served: Option<Moment>,
     served_in_a_row: u32,
+    /// What `served` was before the latest fault, which may yet be forgiven.
+    served_before: Option<Moment>,
     busy: Busy,
     kept_at: Option<Moment>,
     /// Copied from the policy and the peers at each call that has them, for those that have not.
@@ -258,6 +260,7 @@ impl Health {
             faults_in_a_row: 0,
             served: None,
             served_in_a_row: 0,
+            served_before: None,
             busy: Busy::default(),
             kept_at: None,
             known: Known {
@@ -294,7 +297,8 @@ impl Health {
             Observation::Fault => {
                 self.window.record(now, false);
                 self.faults_in_a_row = self.faults_in_a_row.saturating_add(1);
-                (self.served, self.served_in_a_row) = (None, 0);
+                self.served_before = self.served.take();
+                self.served_in_a_row = 0;
                 self.failed(policy, now, peers, rng)
             }
             Observation::Busy { until } => {
@@ -313,6 +317,7 @@ impl Health {
     /// the request's own. An ejection that has begun stays.
     pub fn forgive(&mut self) {
         self.faults_in_a_row = self.faults_in_a_row.saturating_sub(1);
+        self.served = self.served.or(self.served_before.take());
         self.window.forgive();
     }
 
@@ -459,6 +464,12 @@ impl Health {
     /// Share of its recent outcomes that were successes; none while there are fewer than `outcomes_min`.
     pub fn success_rate(&self, now: Moment) -> Option<f64> {
         self.window.rate(now, self.known.window, self.known.outcomes_min)
+    }
+
+    /// Whether it serves requests: at most one fault, which may yet be forgiven, since the last success. A
+    /// backend that fails everybody cannot show that a failure was the request's own.
+    pub fn serves(&self) -> bool {
+        self.served.or(self.served_before).is_some()
     }
 
     /// For status pages.

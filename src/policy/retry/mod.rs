@@ -3,7 +3,7 @@
 //! An attempt states facts (`classify::Facts`); `classify::verdict` says whose fault it was;
 //! `decide` says what happens next. Nothing else in evergate decides on a retry. The bounds are the
 //! attempts of one exchange, the pool's `Budget`, and the backends not yet tried; a failure
-//! before anything was sent draws on none but the first.
+//! before anything was sent draws on none of them, but only on the time an exchange waits for a backend.
 //!
 //! Numbers: docs of `RetryPolicy`; rules: RFC 9110 §9.2.2 (idempotency), RFC 9113 §8.7 (refused
 //! streams), GEP-3388 (budget).
@@ -22,7 +22,7 @@ use std::time::Duration;
 #[derive(Clone, Debug, PartialEq)]
 pub struct RetryPolicy {
     /// Most attempts of one exchange that reached a backend, the first included. Default 3, 1..=10.
-    /// Attempts of which nothing was sent are bounded by the size of the pool instead.
+    /// Attempts of which nothing was sent are bounded by `wait_max` once every backend was tried.
     pub attempts_max: u8,
     /// Share of requests that may be retries, over ten seconds. Default 0.2 (GEP-3388).
     pub budget_ratio: f64,
@@ -143,18 +143,11 @@ pub struct History {
     pub unsent: u8,
     /// A kept connection has already failed this exchange once.
     pub stale: bool,
-    /// Backends in the pool: bounds the attempts that sent nothing.
-    pub members: usize,
-    /// How the last backend failed.
+    /// How the last backend failed, if it serves others.
     last: Option<Cause>,
 }
 
 impl History {
-    /// An exchange that may go to `members` backends.
-    pub fn new(members: usize) -> Self {
-        Self { members, ..Self::default() }
-    }
-
     /// Adds an attempt that has ended.
     pub fn add(&mut self, facts: &Facts) {
         if facts.sent {
@@ -163,7 +156,7 @@ impl History {
             self.unsent = self.unsent.saturating_add(1)
         }
         self.stale |= facts.is_stale_connection();
-        self.last = Some(facts.cause);
+        self.last = facts.serves_others.then_some(facts.cause);
     }
 
     /// Attempts so far.
@@ -190,14 +183,10 @@ pub fn decide(
         Verdict::Neutral | Verdict::Fault | Verdict::Busy | Verdict::Misconfigured => {}
     }
     if !facts.sent {
-        let bound = history.members.saturating_add(usize::from(policy.attempts_max));
-        return if usize::from(history.unsent) + 1 < bound {
-            Next::Failover
-        } else {
-            Next::GiveUp(Reason::Attempts)
-        };
+        return Next::Failover;
     }
-    if facts.cause.may_be_the_requests_own() && history.last == Some(facts.cause) {
+    // Two backends that fail everybody alike are two broken backends, and a third may be sound.
+    if facts.cause.may_be_the_requests_own() && facts.serves_others && history.last == Some(facts.cause) {
         return Next::RelayAsRequestFault;
     }
     let rejected = matches!(verdict, Verdict::Busy | Verdict::Misconfigured);
@@ -232,46 +221,33 @@ mod tests {
     #[test]
     fn a_refused_connection_moves_on_whatever_the_request_and_budget() {
         let unsent = Facts::new(Phase::Connect, Cause::Refused);
-        assert_eq!(next(&History::new(3), &unsent, false, false), Next::Failover);
-    }
-
-    #[test]
-    fn attempts_that_sent_nothing_are_bounded_by_the_pool() {
-        let unsent = Facts::new(Phase::Connect, Cause::Refused);
-        let mut history = History::new(2);
-        let mut n = 0;
-        while next(&history, &unsent, true, true) == Next::Failover {
-            history.add(&unsent);
-            n += 1;
-            assert!(n < 100, "never ends");
-        }
-        assert_eq!(next(&history, &unsent, true, true), Next::GiveUp(Reason::Attempts));
+        assert_eq!(next(&History::default(), &unsent, false, false), Next::Failover);
     }
 
     #[test]
     fn a_request_that_must_not_run_twice_is_not_sent_twice() {
         assert_eq!(
-            next(&History::new(3), &facts(Cause::Closed), false, true),
+            next(&History::default(), &facts(Cause::Closed), false, true),
             Next::GiveUp(Reason::NotReplayable)
         );
     }
 
     #[test]
     fn a_busy_answer_was_not_executed_and_may_go_elsewhere() {
-        assert_eq!(next(&History::new(3), &facts(Cause::Status(503)), false, true), Next::Failover);
+        assert_eq!(next(&History::default(), &facts(Cause::Status(503)), false, true), Next::Failover);
     }
 
     #[test]
     fn a_client_fault_is_relayed_at_once() {
         for status in [400, 404, 409, 413, 422] {
-            assert_eq!(next(&History::new(3), &facts(Cause::Status(status)), true, true), Next::Relay);
+            assert_eq!(next(&History::default(), &facts(Cause::Status(status)), true, true), Next::Relay);
         }
     }
 
     #[test]
     fn an_empty_budget_makes_the_first_failure_the_answer() {
         assert_eq!(
-            next(&History::new(3), &facts(Cause::Status(500)), true, false),
+            next(&History::default(), &facts(Cause::Status(500)), true, false),
             Next::GiveUp(Reason::Budget)
         );
     }
@@ -279,7 +255,7 @@ mod tests {
     #[test]
     fn a_stale_connection_is_replayed_once_for_free_and_then_counts() {
         let stale = Facts { reused: true, ..facts(Cause::Closed) };
-        let mut history = History::new(3);
+        let mut history = History::default();
         assert_eq!(next(&history, &stale, true, false), Next::Again);
         assert_eq!(verdict(&stale), Verdict::Neutral);
         history.add(&stale);
@@ -287,18 +263,27 @@ mod tests {
     }
 
     #[test]
-    fn the_same_500_from_two_backends_is_the_requests_own() {
-        let failed = facts(Cause::Status(500));
-        let mut history = History::new(3);
+    fn the_same_500_from_two_backends_that_serve_others_is_the_requests_own() {
+        let failed = Facts { serves_others: true, ..facts(Cause::Status(500)) };
+        let mut history = History::default();
         assert_eq!(next(&history, &failed, true, true), Next::Failover);
         history.add(&failed);
         assert_eq!(next(&history, &failed, true, true), Next::RelayAsRequestFault);
-        assert_eq!(next(&history, &facts(Cause::Status(502)), true, true), Next::Failover);
+        assert_eq!(
+            next(&history, &Facts { cause: Cause::Status(502), ..failed }, true, true),
+            Next::Failover
+        );
+        // A backend that fails everybody is no witness, neither as the first nor as the second.
+        let broken = facts(Cause::Status(500));
+        assert_eq!(next(&history, &broken, true, true), Next::Failover);
+        let mut history = History::default();
+        history.add(&broken);
+        assert_eq!(next(&history, &failed, true, true), Next::Failover);
     }
 
     #[test]
     fn three_attempts_are_enough() {
-        let mut history = History::new(9);
+        let mut history = History::default();
         for status in [500, 502] {
             assert_eq!(next(&history, &facts(Cause::Status(status)), true, true), Next::Failover);
             history.add(&facts(Cause::Status(status)));
