@@ -9,5 +9,6 @@ mod discover;
 mod failover;
 mod probe;
 mod relay;
+mod retry;
 mod sim;
 mod support;
