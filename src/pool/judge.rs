@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::clock;
 use crate::policy::Moment;
 use crate::policy::health::{
-    Administrative, Health, Observation, Operational, Panic, Peers, ProbeVerdict, Standing, Transition,
+    Administrative, Observation, Operational, Panic, Peers, ProbeVerdict, Standing, Transition,
 };
 use crate::pool::backend::{Backend, Record};
 use crate::pool::pick::{Choice, Class};
@@ -41,9 +41,10 @@ impl Choice {
         self.pool.observe(self.index, record, model.as_deref(), observation, rng);
     }
 
-    /// Whether the backend has served others, as far as its latest fault but one.
+    /// Whether the backend serves others, so that a failure may be the request's own.
     pub fn serves(&self) -> bool {
-        self.record.read(Health::serves)
+        let now = clock::now();
+        self.record.read(|health| health.serves(now))
     }
 
     /// What is needed to take a fault back later.

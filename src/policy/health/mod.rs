@@ -45,6 +45,10 @@ const SETTLED: Duration = Duration::from_secs(60);
 /// lost it, and one lost trial must not keep a backend out for ever.
 const TRIAL_LOST: Duration = Duration::from_secs(600);
 
+/// Below this success rate a backend is no witness against a request: of two that fail a tenth each by chance,
+/// one request in a hundred would be called at fault.
+const WITNESS_SUCCESS_RATE: f64 = 0.9;
+
 /// A kept backend is reported again after so long.
 const KEPT_AGAIN: Duration = Duration::from_secs(60);
 
@@ -466,10 +470,11 @@ impl Health {
         self.window.rate(now, self.known.window, self.known.outcomes_min)
     }
 
-    /// Whether it serves requests: at most one fault, which may yet be forgiven, since the last success. A
-    /// backend that fails everybody cannot show that a failure was the request's own.
-    pub fn serves(&self) -> bool {
+    /// Whether it serves requests: at most one fault, which may yet be forgiven, since the last success, and few
+    /// before. Of a backend that fails others too, a failure does not show that it was the request's own.
+    pub fn serves(&self, now: Moment) -> bool {
         self.served.or(self.served_before).is_some()
+            && self.success_rate(now).is_none_or(|rate| rate >= WITNESS_SUCCESS_RATE)
     }
 
     /// For status pages.
