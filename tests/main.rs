@@ -5,8 +5,10 @@
 // Tests measure real time; only the crate itself must go through its clock.
 #![allow(clippy::disallowed_methods)]
 
+mod balance;
 mod discover;
 mod failover;
+mod health;
 mod probe;
 mod relay;
 mod retry;
