@@ -247,10 +247,16 @@ fn judged(record: &Record, standing: Standing, now: Moment) -> StandingStatus {
         Standing::Refusing => ("refusing", 0.0, None),
         Standing::Out { until } => ("out", 0.0, until),
     };
-    let until = until.or(match operational {
+    let until = match operational {
         Operational::Ejected { until } => Some(until),
-        _ => None,
-    });
+        Operational::Unknown
+        | Operational::Healthy
+        | Operational::SlowStart
+        | Operational::Unhealthy
+        | Operational::Refusing
+        | Operational::AwaitsProbe
+        | Operational::Probation => until,
+    };
     StandingStatus {
         state: operational.name().to_owned(),
         standing: name.to_owned(),
