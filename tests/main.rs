@@ -5,5 +5,6 @@
 // Tests measure real time; only the crate itself must go through its clock.
 #![allow(clippy::disallowed_methods)]
 
+mod failover;
 mod sim;
 mod support;

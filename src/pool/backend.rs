@@ -6,9 +6,11 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
 use parking_lot::{Mutex, RwLock};
+use tokio::sync::Notify;
 
 use crate::clock;
 use crate::policy::Moment;
@@ -59,6 +61,9 @@ pub struct Backend {
     admin: AtomicU8,
     /// What it last said at `/v1/models`.
     listed: ArcSwapOption<Listed>,
+    last_probe: ArcSwapOption<LastProbe>,
+    /// Its state has changed: a probe may be due sooner than its prober thought.
+    nudged: Notify,
     removed: AtomicBool,
     arrival: Arrival,
 }
@@ -70,6 +75,19 @@ pub struct Listed {
     pub ids: Vec<String>,
     /// The whole entries, as JSON.
     pub entries: Vec<serde_json::Value>,
+}
+
+/// The latest probe of a backend, for status pages.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LastProbe {
+    /// Its result.
+    pub verdict: ProbeVerdict,
+    /// What it saw, for people: `200`, `connection_refused: …`, `no answer within 1s`.
+    pub saw: String,
+    /// When it ended.
+    pub at: Moment,
+    /// How long it took, the connection included.
+    pub took: Duration,
 }
 
 /// The judge of one (backend, model), and what speed and failures it showed.
@@ -234,6 +252,8 @@ impl Backend {
             work: AtomicU64::new(0),
             admin: AtomicU8::new(Administrative::Enabled as u8),
             listed: ArcSwapOption::empty(),
+            last_probe: ArcSwapOption::empty(),
+            nudged: Notify::new(),
             removed: AtomicBool::new(false),
             arrival,
         }
@@ -312,6 +332,30 @@ impl Backend {
         self.listed.store(Some(Arc::new(listed)));
     }
 
+    /// It was asked and lists nothing that is a list of models.
+    pub fn forget_listed(&self) {
+        self.listed.store(None);
+    }
+
+    /// Its latest probe.
+    pub fn last_probe(&self) -> Option<Arc<LastProbe>> {
+        self.last_probe.load_full()
+    }
+
+    /// This was its latest probe; returns the one before.
+    pub fn set_last_probe(&self, probe: LastProbe) -> Option<Arc<LastProbe>> {
+        self.last_probe.swap(Some(Arc::new(probe)))
+    }
+
+    /// Resolves when its state has changed since the last call resolved. For its prober alone.
+    pub async fn nudged(&self) {
+        self.nudged.notified().await;
+    }
+
+    pub(super) fn nudge_prober(&self) {
+        self.nudged.notify_one();
+    }
+
     /// A reload took it out of its pool: its probers end, running attempts go on.
     pub fn is_removed(&self) -> bool {
         self.removed.load(Ordering::Acquire)
@@ -322,8 +366,8 @@ impl Backend {
         self.close_kept();
     }
 
-    /// Closes its kept connections on all workers.
-    pub(super) fn close_kept(&self) {
+    /// Closes its kept connections on all workers. Running attempts go on.
+    pub fn close_kept(&self) {
         for lane in &self.lanes {
             lane.close_kept();
         }

@@ -6,15 +6,17 @@
 //! observations are taken in, transitions are published, and in-flight work is counted.
 
 mod backend;
+mod each;
 mod in_flight;
 mod judge;
 mod pick;
 mod snapshot;
 mod state;
 
-pub use backend::{Backend, BackendId, Listed, Record};
+pub use backend::{Backend, BackendId, LastProbe, Listed, Record};
+pub use each::{Place, for_each_backend};
 pub use in_flight::InFlight;
-pub use judge::About;
+pub use judge::{About, Receipt};
 pub use pick::{Choice, Class, Nobody, Wanted};
 pub use snapshot::{Applied, Directory, Member, Pool, Snapshot};
 pub use state::{PoolState, Waiting};

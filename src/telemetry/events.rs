@@ -292,6 +292,116 @@ impl WeakProbe<'_> {
     }
 }
 
+/// A probe could not be made for want of something on this machine (descriptors, ports, memory). It says
+/// nothing about the backend. Logged at most every [`REPEAT_PAUSE`] a backend, counted always.
+#[derive(Clone, Copy)]
+pub struct ProbeNotMade<'a> {
+    /// Where.
+    pub at: &'a BackendMetrics,
+    /// What was wanting.
+    pub saw: &'a dyn Display,
+}
+
+impl ProbeNotMade<'_> {
+    /// Counts; logs and remembers now and then.
+    pub fn emit(&self, telemetry: &Telemetry) {
+        let notice = Notice::new(Severity::Error, "probe_not_made").at(self.at);
+        notice.count(&telemetry.metrics);
+        if self.at.probe_not_made_said.may_speak(REPEAT_PAUSE) {
+            notice.speak(&telemetry.events, &format_args!("no probe could be made: {}", self.saw));
+        }
+    }
+}
+
+/// A backend lists other models than before.
+#[derive(Clone, Copy)]
+pub struct ModelsChanged<'a> {
+    /// Where.
+    pub at: &'a BackendMetrics,
+    /// Their ids; empty when it lists none any more.
+    pub ids: &'a [String],
+}
+
+impl ModelsChanged<'_> {
+    /// Ids told by name; the rest is a number.
+    const TOLD_MAX: usize = 8;
+
+    /// Logs, counts, remembers.
+    pub fn emit(&self, telemetry: &Telemetry) {
+        let told = self.ids.len().min(Self::TOLD_MAX);
+        let mut text = match self.ids {
+            [] => "lists no models".to_owned(),
+            ids => format!("lists {}", ids[..told].join(", ")),
+        };
+        if self.ids.len() > told {
+            text += &format!(" and {} more", self.ids.len() - told);
+        }
+        Notice::new(Severity::Info, "models_changed").at(self.at).tell(telemetry, &text);
+    }
+}
+
+/// The name of a backend has other addresses than before. Logged at most every [`REPEAT_PAUSE`] a backend,
+/// counted always: some names answer with another part of their addresses each time.
+#[derive(Clone, Copy)]
+pub struct AddressesChanged<'a> {
+    /// Where.
+    pub at: &'a BackendMetrics,
+    /// All it has now.
+    pub addresses: &'a [SocketAddr],
+}
+
+impl AddressesChanged<'_> {
+    /// Counts; logs and remembers now and then.
+    pub fn emit(&self, telemetry: &Telemetry) {
+        let notice = Notice::new(Severity::Info, "addresses_changed").at(self.at);
+        notice.count(&telemetry.metrics);
+        if self.at.addresses_said.may_speak(REPEAT_PAUSE) {
+            let addresses = self.addresses;
+            notice.speak(&telemetry.events, &format_args!("its name now stands for {addresses:?}"));
+        }
+    }
+}
+
+/// The name of a backend can no longer be looked up. Emitted once, until it can be again.
+#[derive(Clone, Copy)]
+pub struct LookupFailed<'a> {
+    /// Where.
+    pub at: &'a BackendMetrics,
+    /// What the name service said.
+    pub saw: &'a dyn Display,
+    /// Whether addresses of an earlier answer stay in use.
+    pub kept: bool,
+}
+
+impl LookupFailed<'_> {
+    /// Logs, counts, remembers.
+    pub fn emit(&self, telemetry: &Telemetry) {
+        let (severity, so) = match self.kept {
+            true => (Severity::Warn, "the last known addresses stay in use"),
+            false => (Severity::Error, "it has no address"),
+        };
+        Notice::new(severity, "lookup_failed")
+            .at(self.at)
+            .tell(telemetry, &format_args!("its name cannot be looked up, {so}: {}", self.saw));
+    }
+}
+
+/// The name of a backend can be looked up again.
+#[derive(Clone, Copy)]
+pub struct LookupRecovered<'a> {
+    /// Where.
+    pub at: &'a BackendMetrics,
+}
+
+impl LookupRecovered<'_> {
+    /// Logs, counts, remembers.
+    pub fn emit(&self, telemetry: &Telemetry) {
+        Notice::new(Severity::Info, "lookup_recovered")
+            .at(self.at)
+            .tell(telemetry, &"its name can be looked up again");
+    }
+}
+
 /// A backend refuses our credentials or does not know a model its peers serve. Logged at most every
 /// [`REPEAT_PAUSE`] a backend, counted always.
 #[derive(Clone, Copy)]
@@ -507,6 +617,12 @@ impl DrainFinished {
                 .tell(telemetry, &format_args!("drained: {left} unfinished were cut")),
         }
     }
+}
+
+/// What a panic said, from what catching it gave.
+pub fn panic_message(payload: &(dyn std::any::Any + Send)) -> &str {
+    let text = payload.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| payload.downcast_ref::<&str>().copied()).unwrap_or("no message")
 }
 
 /// A panic was contained. A defect of evergate's: please report it.

@@ -18,6 +18,7 @@ use prometheus::proto::{MetricFamily, MetricType};
 use prometheus::{Gauge, Histogram, HistogramOpts, IntCounter, IntGauge, Opts, Registry, TextEncoder};
 
 use super::events::Quiet;
+use crate::policy::health::ProbeVerdict;
 
 /// Most models with a label of their own, per backend; the rest share `other`. Model names come from
 /// clients and backends, and each is a series.
@@ -186,6 +187,17 @@ pub enum ProbeResult {
     Refusing,
 }
 
+impl From<ProbeVerdict> for ProbeResult {
+    fn from(verdict: ProbeVerdict) -> Self {
+        match verdict {
+            ProbeVerdict::Pass => Self::Pass,
+            ProbeVerdict::WeakPass => Self::WeakPass,
+            ProbeVerdict::Fail => Self::Fail,
+            ProbeVerdict::Refusing => Self::Refusing,
+        }
+    }
+}
+
 impl ProbeResult {
     /// All, in the order of their discriminants.
     pub const ALL: [Self; 4] = [Self::Pass, Self::WeakPass, Self::Fail, Self::Refusing];
@@ -238,6 +250,7 @@ struct Families {
     smuggling: Family<IntCounter>,
     limits: Family<IntCounter>,
     events: Family<IntCounter>,
+    backend_tasks: Family<IntGauge>,
     listener: ListenerFamilies,
     pool: PoolFamilies,
     backend: BackendFamilies,
@@ -328,6 +341,12 @@ impl Metrics {
                 &["limit"],
             ),
             events: counters(&r, "events_total", "Notable transitions, as in the event log.", &["event"]),
+            backend_tasks: gauges(
+                &r,
+                "backend_tasks",
+                "Tasks that run once per backend; more than backends means a leak.",
+                &["task"],
+            ),
             listener: ListenerFamilies {
                 connections: counters(
                     &r,
@@ -595,6 +614,8 @@ impl Metrics {
             weak_probe_said: Quiet::default(),
             compressed_said: Quiet::default(),
             misconfigured_said: Quiet::default(),
+            probe_not_made_said: Quiet::default(),
+            addresses_said: Quiet::default(),
         }
     }
 
@@ -616,6 +637,11 @@ impl Metrics {
     /// Removes the series of a listener.
     pub fn retire_listener(&self, listener: &str) {
         self.families.listener.retain(&|labels| labels[0] != listener);
+    }
+
+    /// Tasks of this name that run once per backend.
+    pub fn backend_tasks(&self, task: &'static str) -> IntGauge {
+        self.families.backend_tasks.get(&[task])
     }
 
     /// Counts a rejection by its code, the `error.code` the client sees.
@@ -819,6 +845,8 @@ pub struct BackendMetrics {
     pub(super) weak_probe_said: Quiet,
     pub(super) compressed_said: Quiet,
     pub(super) misconfigured_said: Quiet,
+    pub(super) probe_not_made_said: Quiet,
+    pub(super) addresses_said: Quiet,
 }
 
 impl BackendMetrics {

@@ -16,7 +16,7 @@ use crate::config::{BackendClocks, UpstreamHttp};
 use crate::upstream::dns::Addresses;
 use crate::upstream::tap::{Tap, Traffic};
 use crate::upstream::tls::Tls;
-use crate::upstream::{H1, H2, H2Stream, Lane, Leased, OutBody, Task};
+use crate::upstream::{H1, H2, OutBody, Task};
 
 /// Longest head of an answer; a longer one is a protocol fault (F07).
 const ANSWER_HEAD_BYTES_MAX: usize = 128 * 1024;
@@ -151,20 +151,6 @@ pub(super) enum Opened {
     H2(H2),
 }
 
-impl Opened {
-    /// Makes it known to the lane (HTTP/2 is shared at once) and leases it.
-    pub(super) fn into_leased(self, lane: &Lane) -> Leased {
-        match self {
-            Self::H1(h1) => Leased::H1(h1),
-            Self::H2(h2) => {
-                let h2 = Arc::new(h2);
-                lane.h2.lock().push(h2.clone());
-                Leased::H2(H2Stream::new(h2))
-            }
-        }
-    }
-}
-
 /// Opens a connection by all the means of `target`.
 pub(super) async fn open(target: &Target, upgradable: bool) -> Result<Opened, ConnectError> {
     let limit = if target.tls.is_some() { target.connect_tls } else { target.connect };
@@ -234,7 +220,7 @@ where
     } else {
         tokio::spawn(async move { drop(connection.await) })
     };
-    Ok(Opened::H1(H1 { sender, traffic, _task: Task(task.abort_handle()) }))
+    Ok(Opened::H1(H1 { sender, era: 0, traffic, _task: Task(task.abort_handle()) }))
 }
 
 async fn handshake_h2<T>(target: &Target, io: TokioIo<T>, traffic: Arc<Traffic>) -> hyper::Result<Opened>

@@ -10,7 +10,10 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use hickory_resolver::TokioResolver;
+use hickory_resolver::config::{NameServerConfig, ResolverConfig};
+use hickory_resolver::net::NetError;
+use hickory_resolver::net::runtime::TokioRuntimeProvider;
+use hickory_resolver::{ResolverBuilder, TokioResolver};
 use tokio::sync::Notify;
 
 /// A TTL is never believed for longer than this: replicas move.
@@ -77,26 +80,39 @@ impl Addresses {
         }
     }
 
+    /// What is known now, sorted; empty before the first good answer.
+    pub fn known(&self) -> Arc<Vec<SocketAddr>> {
+        self.known.load_full()
+    }
+
     /// Looks the name up once. Returns for how long the answer holds.
-    pub async fn refresh(&self, resolver: &Resolver) -> Duration {
-        let ttl = match resolver.lookup(&self.host).await {
-            Ok((addresses, ttl)) if !addresses.is_empty() => {
-                let mut sockets: Vec<_> =
-                    addresses.into_iter().map(|ip| SocketAddr::new(ip, self.port)).collect();
-                sockets.sort_unstable();
-                sockets.dedup();
-                self.known.store(Arc::new(sockets));
+    ///
+    /// # Errors
+    /// What the name service said; what was known before stays in use.
+    pub async fn refresh(&self, resolver: &Resolver) -> io::Result<Duration> {
+        let answer = resolver.lookup(&self.host).await.and_then(|(addresses, ttl)| {
+            let mut sockets: Vec<_> =
+                addresses.into_iter().map(|ip| SocketAddr::new(ip, self.port)).collect();
+            sockets.sort_unstable();
+            sockets.dedup();
+            if sockets.is_empty() { Err(io::Error::other("an empty answer")) } else { Ok((sockets, ttl)) }
+        });
+        let holds = match answer {
+            Ok((sockets, ttl)) => {
+                if *self.known.load_full() != sockets {
+                    self.known.store(Arc::new(sockets));
+                }
                 self.stale.store(false, Ordering::Relaxed);
-                ttl.min(TTL_MAX)
+                Ok(ttl.min(TTL_MAX))
             }
-            Ok(_) | Err(_) => {
+            Err(e) => {
                 self.stale.store(true, Ordering::Relaxed);
                 self.failed.store(true, Ordering::Release);
-                Duration::ZERO
+                Err(e)
             }
         };
         self.looked_up.notify_waiters();
-        ttl
+        holds
     }
 }
 
@@ -110,7 +126,17 @@ pub struct Resolver {
 impl Resolver {
     /// A resolver by the machine's configuration (`resolv.conf` and the hosts file).
     pub fn system() -> Self {
-        Self { hickory: TokioResolver::builder_tokio().and_then(|builder| builder.build()).ok() }
+        Self { hickory: TokioResolver::builder_tokio().and_then(build).ok() }
+    }
+
+    /// A resolver that asks one name server, and nobody else.
+    pub fn asking(server: SocketAddr) -> Self {
+        let mut config = NameServerConfig::udp(server.ip());
+        config.connections.iter_mut().for_each(|connection| connection.port = server.port());
+        let config = ResolverConfig::from_name_servers(vec![config]);
+        Self {
+            hickory: build(TokioResolver::builder_with_config(config, TokioRuntimeProvider::default())).ok(),
+        }
     }
 
     async fn lookup(&self, host: &str) -> io::Result<(Vec<IpAddr>, Duration)> {
@@ -129,4 +155,11 @@ impl Resolver {
         }
         Err(failure)
     }
+}
+
+fn build(mut builder: ResolverBuilder<TokioRuntimeProvider>) -> Result<TokioResolver, NetError> {
+    // A name that does not exist yet may the moment its replica has started: that answer is not kept. How often
+    // it is asked for is the caller's to bound.
+    builder.options_mut().negative_max_ttl = Some(Duration::ZERO);
+    builder.build()
 }

@@ -21,7 +21,7 @@ pub use tap::Traffic;
 pub use tls::{Tls, read_certificates, read_key};
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use hyper::client::conn::{http1, http2};
@@ -30,6 +30,7 @@ use tokio::task::AbortHandle;
 
 use crate::clock;
 use crate::policy::Moment;
+use crate::upstream::connect::Opened;
 
 /// Streams one HTTP/2 connection carries before another is opened beside it.
 const H2_STREAMS_PER_CONNECTION: usize = 100;
@@ -44,6 +45,8 @@ pub struct Lane {
     h2: Mutex<Vec<Arc<H2>>>,
     /// Keeps a burst from opening one HTTP/2 connection per request.
     h2_opening: tokio::sync::Mutex<()>,
+    /// Grows with each `close_kept`: what was begun before is not kept after.
+    era: AtomicU64,
 }
 
 /// A kept HTTP/1.1 connection.
@@ -55,6 +58,8 @@ struct Idle {
 /// An HTTP/1.1 connection; dropping it closes the socket.
 struct H1 {
     sender: http1::SendRequest<OutBody>,
+    /// The lane's, when it was begun.
+    era: u64,
     traffic: Arc<Traffic>,
     _task: Task,
 }
@@ -129,14 +134,16 @@ impl Lane {
         let opened = if want != Want::Upgradable && target.prefers_h2() {
             self.open_h2(target, want).await?
         } else {
-            (connect::open(target, want == Want::Upgradable).await?.into_leased(self), false)
+            (self.open(target, want == Want::Upgradable).await?, false)
         };
         let (connection, reused) = opened;
         Ok(Lease { connection, lane: self.clone(), reused })
     }
 
-    /// Closes every kept connection: the backend was ejected, or its process has changed.
+    /// Closes every kept connection: the backend was ejected, or its process or address has changed. Those
+    /// in use are closed when their exchange ends.
     pub fn close_kept(&self) {
+        self.era.fetch_add(1, Ordering::AcqRel);
         self.idle.lock().clear();
         self.h2.lock().clear();
     }
@@ -194,7 +201,23 @@ impl Lane {
         {
             return Ok((Leased::H2(H2Stream::new(h2)), true));
         }
-        Ok((connect::open(target, false).await?.into_leased(self), false))
+        Ok((self.open(target, false).await?, false))
+    }
+
+    async fn open(&self, target: &Target, upgradable: bool) -> Result<Leased, ConnectError> {
+        let era = self.era.load(Ordering::Acquire);
+        Ok(match connect::open(target, upgradable).await? {
+            Opened::H1(h1) => Leased::H1(H1 { era, ..h1 }),
+            Opened::H2(h2) => {
+                let h2 = Arc::new(h2);
+                let mut open = self.h2.lock();
+                // Shared at once. The lock orders this against `close_kept`.
+                if era == self.era.load(Ordering::Acquire) {
+                    open.push(h2.clone());
+                }
+                Leased::H2(H2Stream::new(h2))
+            }
+        })
     }
 
     fn keep(&self, connection: H1) {
@@ -202,7 +225,7 @@ impl Lane {
             return;
         }
         let mut idle = self.idle.lock();
-        if idle.len() < IDLE_MAX {
+        if idle.len() < IDLE_MAX && connection.era == self.era.load(Ordering::Acquire) {
             idle.push(Idle { connection, since: clock::now() });
         }
     }

@@ -1,0 +1,150 @@
+//! One question to one backend, on a connection of its own, within a time.
+//!
+//! A kept connection would prove only that an old one still stands; and the connections of the workers
+//! are none of a prober's business. The whole answer is awaited: a head says nothing about the body an
+//! engine may be too stuck to write. What an answer means is not said here.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use http::{HeaderValue, Request, StatusCode, header, request};
+use tokio::time::timeout;
+
+use crate::pool::Member;
+use crate::upstream::{
+    ConnectError, ConnectFailure, InBody, Lane, Lease, OutBody, SendError, SendFailure, Want,
+};
+
+const USER_AGENT: HeaderValue =
+    HeaderValue::from_static(concat!("evergate-probe/", env!("CARGO_PKG_VERSION")));
+
+/// An answer.
+#[derive(Debug)]
+pub(super) struct Answered {
+    pub(super) status: StatusCode,
+    pub(super) body: Body,
+}
+
+/// What came behind the head.
+#[derive(Debug)]
+pub(super) enum Body {
+    /// All of it.
+    Whole(Bytes),
+    /// The first of it; there is more than may be read.
+    Beginning(Bytes),
+    /// It broke off, or had not ended in time; for people.
+    Broken(String),
+}
+
+/// Why there is no answer; for people.
+#[derive(Debug)]
+pub(super) enum NoAnswer {
+    /// This machine could not ask: says nothing about the backend.
+    Local(String),
+    /// The backend is to blame, or the way to it.
+    Theirs(String),
+}
+
+/// Whether a connection stands `within` the time: TCP, for `https` the handshake too.
+pub(super) async fn connect(member: &Member, within: Duration) -> Result<(), NoAnswer> {
+    let connected = timeout(within, lease(member)).await;
+    connected.unwrap_or_else(|_elapsed| Err(too_late("connection", within))).map(drop)
+}
+
+/// `GET` of the backend's prefix and `path`; at most `body_max` bytes of the answer's body are read.
+pub(super) async fn get(
+    member: &Member,
+    path: &str,
+    body_max: usize,
+    within: Duration,
+) -> Result<Answered, NoAnswer> {
+    // Outlive the future that a timeout drops: how far it had come is what went wrong.
+    let (mut connected, mut status) = (false, None);
+    let asked = timeout(within, async {
+        let lease = lease(member).await?;
+        connected = true;
+        let head = head(member, path, lease.is_h2())?;
+        let answer = lease.send(&member.target, head, OutBody::Empty).await;
+        let mut answer = answer.map_err(|e| NoAnswer::Theirs(describe(&e)))?;
+        status = Some(answer.head.status);
+        Ok(read(&mut answer.body, body_max).await)
+    })
+    .await;
+    match (asked, status) {
+        (Ok(Ok(body)), Some(status)) => Ok(Answered { status, body }),
+        (Err(_elapsed), Some(status)) => {
+            Ok(Answered { status, body: Body::Broken(format!("no end of its answer within {within:?}")) })
+        }
+        (Ok(Err(none)), _) => Err(none),
+        (Ok(Ok(_)) | Err(_), None) => Err(too_late(if connected { "answer" } else { "connection" }, within)),
+    }
+}
+
+/// A new connection in a lane nobody else knows: it is closed with the lease.
+async fn lease(member: &Member) -> Result<Lease, NoAnswer> {
+    Arc::new(Lane::default()).lease(&member.target, Want::Fresh).await.map_err(NoAnswer::from)
+}
+
+fn head(member: &Member, path: &str, h2: bool) -> Result<request::Parts, NoAnswer> {
+    let params = &member.params;
+    let mut request = Request::get(format!("{}{path}", params.path_prefix))
+        .header(header::USER_AGENT, USER_AGENT)
+        .header(header::ACCEPT, HeaderValue::from_static("*/*"))
+        .body(())
+        .map_err(|e| NoAnswer::Local(format!("{}{path} cannot be asked for: {e}", params.path_prefix)))?;
+    if !h2 {
+        request.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    for (name, value) in &params.headers {
+        request.headers_mut().insert(name, value.clone());
+    }
+    Ok(request.into_parts().0)
+}
+
+async fn read(body: &mut InBody, body_max: usize) -> Body {
+    let mut bytes = BytesMut::new();
+    loop {
+        match body.frame().await {
+            None => return Body::Whole(bytes.freeze()),
+            Some(Err(e)) => return Body::Broken(describe(&e)),
+            Some(Ok(frame)) => {
+                let Ok(data) = frame.into_data() else { continue };
+                let left = body_max - bytes.len();
+                bytes.extend_from_slice(&data[..data.len().min(left)]);
+                if data.len() > left {
+                    return Body::Beginning(bytes.freeze());
+                }
+            }
+        }
+    }
+}
+
+fn too_late(what: &str, within: Duration) -> NoAnswer {
+    NoAnswer::Theirs(format!("no {what} within {within:?}"))
+}
+
+impl From<ConnectError> for NoAnswer {
+    fn from(error: ConnectError) -> Self {
+        match error.failure {
+            ConnectFailure::Local => Self::Local(error.to_string()),
+            ConnectFailure::Dns
+            | ConnectFailure::Refused
+            | ConnectFailure::Timeout
+            | ConnectFailure::Unreachable
+            | ConnectFailure::Tls => Self::Theirs(error.to_string()),
+        }
+    }
+}
+
+fn describe(error: &SendError) -> String {
+    let source = &error.source;
+    match error.failure {
+        SendFailure::Closed if error.answered => format!("broke off in the middle of its answer: {source}"),
+        SendFailure::Closed => format!("closed without an answer: {source}"),
+        SendFailure::Protocol => format!("what it sent is not HTTP: {source}"),
+        SendFailure::HeadTooLarge => "the head of its answer is too large".to_owned(),
+        SendFailure::Refused => format!("the request was refused: {source}"),
+        SendFailure::Upload => format!("the request could not be sent: {source}"),
+    }
+}
