@@ -3,6 +3,6 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    // The one place where `app::run` and `demo::run` come in.
-    evergate::cli::main_with(|_plan| ExitCode::FAILURE, |_demo| ExitCode::FAILURE)
+    // The one place where `demo::run` comes in.
+    evergate::cli::main_with(evergate::app::run, |_demo| ExitCode::FAILURE)
 }

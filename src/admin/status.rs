@@ -15,10 +15,10 @@ use crate::clock;
 use crate::config;
 use crate::policy::Moment;
 use crate::policy::balance::BalancePolicy;
-use crate::policy::health::{Administrative, Health, Operational, Panic, Standing};
-use crate::pool::{Member, Pool, Record};
+use crate::policy::health::{Administrative, Health, Operational, Panic, ProbeVerdict, Standing};
+use crate::pool::{LastProbe, Member, Pool, Record};
 use crate::telemetry::events::rfc3339;
-use crate::telemetry::metrics::AttemptOutcome;
+use crate::telemetry::metrics::{AttemptOutcome, ProbeResult};
 
 /// Number of this schema.
 pub const SCHEMA: u32 = 1;
@@ -228,12 +228,27 @@ fn backend_status(pool: &Pool, i: usize, now: Moment) -> BackendStatus {
                 ModelStatus { name, health: judged(&record, standing, now) }
             })
             .collect(),
-        last_probe: None,
+        last_probe: backend.last_probe().map(|probe| probe_status(&probe, now)),
         attempts: AttemptOutcome::ALL
             .iter()
             .map(|outcome| (outcome.name().to_owned(), backend.metrics.attempts(*outcome)))
             .collect(),
         addresses_stale: backend.addresses.is_stale(),
+    }
+}
+
+fn probe_status(probe: &LastProbe, now: Moment) -> ProbeStatus {
+    let result = match probe.verdict {
+        ProbeVerdict::Pass => ProbeResult::Pass,
+        ProbeVerdict::WeakPass => ProbeResult::WeakPass,
+        ProbeVerdict::Fail => ProbeResult::Fail,
+        ProbeVerdict::Refusing => ProbeResult::Refusing,
+    };
+    ProbeStatus {
+        result: result.name().to_owned(),
+        saw: probe.saw.clone(),
+        ago_seconds: seconds(now.since(probe.at)),
+        took_seconds: seconds(probe.took),
     }
 }
 

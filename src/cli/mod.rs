@@ -9,8 +9,6 @@ mod run;
 mod status;
 mod table;
 
-pub use run::RunPlan;
-
 use std::ffi::OsString;
 use std::io::Write;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -19,6 +17,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::app::Plan;
 use crate::config;
 
 /// A wrong configuration; evergate not reachable, or not ready.
@@ -87,13 +86,13 @@ pub struct DemoArgs {
 }
 
 /// Does what the command line of this process asks for. `run` starts evergate, `demo` the demo.
-pub fn main_with(run: impl FnOnce(RunPlan) -> ExitCode, demo: impl FnOnce(DemoArgs) -> ExitCode) -> ExitCode {
+pub fn main_with(run: impl FnOnce(Plan) -> ExitCode, demo: impl FnOnce(DemoArgs) -> ExitCode) -> ExitCode {
     main_of(std::env::args_os(), run, demo)
 }
 
 fn main_of(
     arguments: impl IntoIterator<Item = OsString>,
-    run: impl FnOnce(RunPlan) -> ExitCode,
+    run: impl FnOnce(Plan) -> ExitCode,
     demo: impl FnOnce(DemoArgs) -> ExitCode,
 ) -> ExitCode {
     let command = match Cli::try_parse_from(arguments) {

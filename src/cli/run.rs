@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::{Refused, address};
+use crate::app::Plan;
 use crate::config::{self, Config, ConfigErrors, Overrides, Source};
 
 const NOTHING_TO_DO: &str = "\
@@ -55,17 +56,9 @@ pub(super) struct RunArgs {
     log: Option<String>,
 }
 
-/// What `evergate run` shall do: everything in it has been checked.
-#[derive(Clone, Debug)]
-pub struct RunPlan {
-    /// Valid, the files it names included.
-    pub config: Config,
-    /// Where a reload reads it again; none when it came from flags alone.
-    pub source: Option<Source>,
-}
-
 impl RunArgs {
-    pub(super) fn plan(self) -> Result<RunPlan, Refused> {
+    /// What to run: everything in it has been checked, the files it names included.
+    pub(super) fn plan(self) -> Result<Plan, Refused> {
         let Self { config, backend, listen, admin, workers, access_log, log } = self;
         let (access_log, log_level) =
             config::telemetry_flags(access_log.as_deref(), log.as_deref()).map_err(wrong)?;
@@ -73,15 +66,12 @@ impl RunArgs {
         let plan = match config {
             Some(path) => {
                 let source = Source { path, flags };
-                RunPlan { config: source.load().map_err(wrong)?, source: Some(source) }
+                Plan { config: source.load().map_err(wrong)?, source: Some(source) }
             }
             None if backend.is_empty() => return Err(Refused::usage(NOTHING_TO_DO)),
             None => {
                 let by_flags = config::from_flags(listen, admin, &backend, workers.map(NonZeroUsize::get));
-                RunPlan {
-                    config: by_flags.and_then(|config| flags.apply(config)).map_err(wrong)?,
-                    source: None,
-                }
+                Plan { config: by_flags.and_then(|config| flags.apply(config)).map_err(wrong)?, source: None }
             }
         };
         check_files(&plan.config)?;
@@ -119,7 +109,7 @@ mod tests {
     use super::*;
     use crate::config::AccessLogTarget;
 
-    fn plan(arguments: &[&str]) -> Result<RunPlan, Refused> {
+    fn plan(arguments: &[&str]) -> Result<Plan, Refused> {
         let arguments = ["evergate", "run"].iter().chain(arguments);
         match Cli::try_parse_from(arguments).unwrap().command {
             Command::Run(run) => run.plan(),
@@ -164,7 +154,7 @@ mod tests {
 
     #[test]
     fn nothing_to_proxy_to_shows_both_ways() {
-        let refused = plan(&["--listen", "127.0.0.1:81"]).unwrap_err();
+        let refused = plan(&["--listen", "127.0.0.1:81"]).err().unwrap();
         assert!(refused.text.contains("run -c") && refused.text.contains("--backend http://"));
         assert_eq!(refused.code, 2);
     }
@@ -180,7 +170,7 @@ mod tests {
                 "telemetry.access_log: its directory is not there",
             ),
         ] {
-            let refused = plan(arguments).unwrap_err();
+            let refused = plan(arguments).err().unwrap();
             assert!(refused.text.contains(expected), "{}", refused.text);
             assert_eq!(refused.code, 1);
         }
