@@ -153,6 +153,36 @@ async fn status_shows_every_backend() {
 }
 
 #[tokio::test]
+async fn every_field_of_a_status_is_documented() {
+    const DOCUMENTATION: &str = include_str!("../../docs/admin.md");
+    fn undocumented(value: &Value, missing: &mut Vec<String>) {
+        match value {
+            Value::Object(fields) => {
+                for (name, value) in fields {
+                    if !DOCUMENTATION.contains(&format!("`{name}`")) {
+                        missing.push(name.clone());
+                    }
+                    undocumented(value, missing);
+                }
+            }
+            Value::Array(values) => values.iter().for_each(|value| undocumented(value, missing)),
+            _ => {}
+        }
+    }
+    let bench = Bench::new().await;
+    bench.post("/backends/llama/a/drain").await;
+    fs::write(&bench.file, "wrokers = 1\n").unwrap();
+    bench.post("/reload").await;
+    let mut status: Status = serde_json::from_str(&bench.get("/status").await.body).unwrap();
+    let backend = &mut status.pools[0].backends[0];
+    backend.last_probe = Some(ProbeStatus::default());
+    backend.models = vec![ModelStatus::default()];
+    let mut missing = Vec::new();
+    undocumented(&serde_json::to_value(&status).unwrap(), &mut missing);
+    assert_eq!(missing, [] as [&str; 0]);
+}
+
+#[tokio::test]
 async fn a_backend_is_drained_and_enabled_again_and_it_is_told_once() {
     let bench = Bench::new().await;
     let answer = bench.post("/backends/llama/a/drain").await;
