@@ -6,6 +6,7 @@
 #![allow(clippy::disallowed_methods)]
 
 mod discover;
+mod failover;
 mod probe;
 mod sim;
 mod support;

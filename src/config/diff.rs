@@ -8,6 +8,7 @@
 use std::fmt;
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use super::units::format_duration;
@@ -113,6 +114,13 @@ pub enum Change {
     ClientClocksChanged,
     /// Logs or access records.
     TelemetryChanged,
+    /// A file named by the configuration holds something else. Not found by [`diff`], which reads no files.
+    FileContent {
+        /// The key that names it, such as `listener[0].tls.certificate`.
+        key: String,
+        /// The file.
+        path: PathBuf,
+    },
 }
 
 /// What it takes for a change to apply.
@@ -147,7 +155,8 @@ impl Change {
             | Self::RoutesChanged { .. }
             | Self::LimitsChanged
             | Self::ClientClocksChanged
-            | Self::TelemetryChanged => Effect::Live,
+            | Self::TelemetryChanged
+            | Self::FileContent { .. } => Effect::Live,
         }
     }
 }
@@ -180,6 +189,7 @@ impl fmt::Display for Change {
             Self::LimitsChanged => f.write_str("limits changed"),
             Self::ClientClocksChanged => f.write_str("client clocks changed"),
             Self::TelemetryChanged => f.write_str("telemetry changed"),
+            Self::FileContent { key, path } => write!(f, "new content of {key} ({})", path.display()),
         }
     }
 }

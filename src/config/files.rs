@@ -3,7 +3,7 @@
 //! Apart from validation, because it depends on the machine: a configuration checked in CI is right
 //! even where its certificates are not.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
@@ -12,6 +12,27 @@ use super::error::ConfigError;
 use super::{AccessLogTarget, Config};
 
 impl Config {
+    /// Every certificate and key named here, with its key path: what a change of content must be noticed in.
+    pub fn named_files(&self) -> Vec<(String, PathBuf)> {
+        let mut files = Vec::new();
+        for (index, listener) in self.listeners.iter().enumerate() {
+            if let Some(tls) = &listener.tls {
+                files.push((format!("listener[{index}].tls.certificate"), tls.certificate.clone()));
+                files.push((format!("listener[{index}].tls.key"), tls.key.clone()));
+            }
+        }
+        for (index, pool) in self.pools.iter().enumerate() {
+            if let Some(ca) = &pool.tls.ca {
+                files.push((format!("pool[{index}].tls.ca"), ca.clone()));
+            }
+            if let Some((certificate, key)) = &pool.tls.client {
+                files.push((format!("pool[{index}].tls.client_certificate"), certificate.clone()));
+                files.push((format!("pool[{index}].tls.client_key"), key.clone()));
+            }
+        }
+        files
+    }
+
     /// Reads every certificate and key named here, and looks for the directory of the access log.
     /// Empty when all is well. The text's lines are not known any more; key paths are.
     pub fn check_files(&self) -> Vec<ConfigError> {

@@ -120,7 +120,7 @@ fn listeners(root: &Table<'_>) -> Vec<Listener> {
 }
 
 /// Whether two listening sockets cannot both be bound.
-fn overlap(a: SocketAddr, b: SocketAddr) -> bool {
+pub(super) fn overlap(a: SocketAddr, b: SocketAddr) -> bool {
     let same_family = a.is_ipv4() == b.is_ipv4();
     let same_ip = a.ip() == b.ip() || (same_family && (a.ip().is_unspecified() || b.ip().is_unspecified()));
     a.port() != 0 && a.port() == b.port() && same_ip

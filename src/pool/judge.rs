@@ -5,7 +5,7 @@
 //! read before the lock of the one who is judged, so two judges never wait for each other.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::clock;
 use crate::policy::Moment;
@@ -39,33 +39,38 @@ impl Choice {
         };
         let model = self.model_of(record);
         self.pool.observe(self.index, record, model.as_deref(), observation, rng);
-        if self.trial && about == About::Backend && !Arc::ptr_eq(record, &self.record) {
-            self.record.abandon_trial();
-        }
     }
 
-    /// The fault observed last was the request's own.
-    pub fn forgive(&self) {
-        let now = clock::now();
-        self.record.judge(&self.pool.config.health, now, |health| {
-            health.forgive();
-            None
-        });
+    /// What is needed to take a fault back later.
+    pub fn receipt(&self) -> Receipt {
+        Receipt { pool: self.pool.clone(), record: self.record.clone() }
     }
 
-    /// The attempt ended without a lesson: another request may be the trial.
-    pub fn abandon_trial(&self) {
-        if self.trial {
-            self.backend().whole().abandon_trial();
-            self.record.abandon_trial();
-            self.pool.state.open_trials();
-        }
+    /// The counter that grows when this choice's backend is ejected, and its value now.
+    pub fn ejections(&self) -> (Arc<AtomicU64>, u64) {
+        self.record.ejections()
     }
 
     fn model_of(&self, record: &Arc<Record>) -> Option<String> {
         let models =
             if Arc::ptr_eq(record, self.backend().whole()) { return None } else { self.backend().models() };
         models.into_iter().find(|(_, r)| Arc::ptr_eq(r, record)).map(|(name, _)| name)
+    }
+}
+
+/// A fault that was observed, to be taken back if it turns out to be the request's own.
+pub struct Receipt {
+    pool: Arc<Pool>,
+    record: Arc<Record>,
+}
+
+impl Receipt {
+    /// The fault observed last was the request's own.
+    pub fn forgive(self) {
+        self.record.judge(&self.pool.config.health, clock::now(), |health| {
+            health.forgive();
+            None
+        });
     }
 }
 

@@ -16,7 +16,7 @@ mod state;
 pub use backend::{Backend, BackendId, LastProbe, Listed, Record};
 pub use each::{Place, for_each_backend};
 pub use in_flight::InFlight;
-pub use judge::About;
+pub use judge::{About, Receipt};
 pub use pick::{Choice, Class, Nobody, Wanted};
 pub use snapshot::{Applied, Directory, Member, Pool, Snapshot};
 pub use state::{PoolState, Waiting};

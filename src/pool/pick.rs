@@ -15,6 +15,7 @@ use crate::policy::health::{Administrative, Panic, Standing};
 use crate::pool::backend::{Backend, BackendId, Record};
 use crate::pool::in_flight::InFlight;
 use crate::pool::snapshot::{Member, Pool};
+use crate::pool::state::PoolState;
 
 /// Bytes of prompt that weigh as much as one more request.
 const PROMPT_BYTES_PER_UNIT: u64 = 16 * 1024;
@@ -76,10 +77,24 @@ pub struct Choice {
     pub record: Arc<Record>,
     /// Counts until dropped.
     pub in_flight: InFlight,
-    /// It is this backend's trial: its outcome decides on the backend's return.
-    pub trial: bool,
+    /// Held while it is this backend's trial: its outcome decides on the backend's return.
+    pub trial: Option<Trial>,
     /// It has been tried by this exchange before.
     pub again: bool,
+}
+
+/// The single trial of a backend in probation. Dropping it without an outcome lets another request try.
+pub struct Trial {
+    judge: Arc<Record>,
+    state: Arc<PoolState>,
+}
+
+impl Drop for Trial {
+    fn drop(&mut self) {
+        // Harmless once an outcome was observed.
+        self.judge.abandon_trial();
+        self.state.open_trials();
+    }
 }
 
 impl Choice {
@@ -124,7 +139,7 @@ impl Pool {
         let view = View { pool: self, wanted, now };
         let request = balance::Request { affinity: wanted.affinity };
         if let Some(i) = balance::pick(&self.config.balance, &view, &request, &self.state.cursor, rng) {
-            return Ok(self.choose(i, wanted, false));
+            return Ok(self.choose(i, wanted));
         }
         self.pick_suspect(wanted, now).map_or_else(|| Err(self.nobody(wanted, now)), Ok)
     }
@@ -155,7 +170,8 @@ impl Pool {
             let open = member.backend.admin() == Administrative::Enabled && !wanted.has_tried(member);
             let judge = if waits(whole) { whole } else { model };
             if open && judge.begin_trial(now) {
-                return Some(self.choose(i, wanted, true));
+                let trial = Trial { judge: judge.clone(), state: self.state.clone() };
+                return Some(Choice { trial: Some(trial), ..self.choose(i, wanted) });
             }
         }
         if !any {
@@ -185,17 +201,17 @@ impl Pool {
         // The least bad: the one that failed least lately.
         let factor = |i: usize| self.members[i].backend.whole().failure_factor(now);
         let best = open.into_iter().min_by(|&a, &b| factor(a).total_cmp(&factor(b)))?;
-        Some(self.choose(best, wanted, false))
+        Some(self.choose(best, wanted))
     }
 
-    fn choose(self: &Arc<Self>, index: usize, wanted: &Wanted<'_>, trial: bool) -> Choice {
+    fn choose(self: &Arc<Self>, index: usize, wanted: &Wanted<'_>) -> Choice {
         let backend = &self.members[index].backend;
         Choice {
             pool: self.clone(),
             index,
             record: self.record(index, wanted.model),
             in_flight: InFlight::begin(backend, &self.state, work_units(wanted.prompt_bytes)),
-            trial,
+            trial: None,
             again: false,
         }
     }

@@ -21,6 +21,13 @@ pub struct Client {
 pub enum HeadDefect {
     /// Both `Content-Length` and `Transfer-Encoding` (RFC 9112 §6.1): refused, the connection closed.
     LengthAndEncoding,
+    /// A `Transfer-Encoding` that is not one plain `chunked` (RFC 9112 §6.1): another reader of the
+    /// same bytes may find another end of the body.
+    TransferCoding,
+    /// No `Host`, or several (RFC 9112 §3.2): another reader may route it elsewhere.
+    Host,
+    /// Where this head begins or its body ends cannot be told for sure.
+    UnclearFraming,
 }
 
 impl HeadDefect {
@@ -28,6 +35,9 @@ impl HeadDefect {
     pub const fn name(self) -> &'static str {
         match self {
             Self::LengthAndEncoding => "length_and_encoding",
+            Self::TransferCoding => "transfer_coding",
+            Self::Host => "host",
+            Self::UnclearFraming => "unclear_framing",
         }
     }
 }

@@ -1,5 +1,207 @@
 //! The journey of one request: admit → route → exchange → attempt → relay.
+//!
+//! Read downward: `admit` reads the head, `replay_body` takes the body in, `route` names the pool, `exchange`
+//! loops over attempts, `attempt` tries one backend up to the gate, `relay` and `sse_relay` pass the answer
+//! on. `respond` is where failures get their words.
 
+mod admit;
+mod attempt;
 mod client;
+mod exchange;
+mod headers;
+mod ledger;
+mod models;
+mod relay;
+mod replay_body;
+mod respond;
+mod sse_relay;
+mod token_stream;
+mod tunnel;
+mod watch;
+mod worker;
 
 pub use client::{Client, HeadDefect};
+pub use relay::{AnswerBody, BrokenAnswer};
+pub use worker::{Memory, Worker};
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use http::{Method, Request, Response, header, request};
+use http_body::Body;
+use hyper::body::Incoming;
+use hyper::upgrade::OnUpgrade;
+
+use crate::policy::balance::{AffinityKey, stable_hash};
+use crate::policy::dialect::{Dialect, Endpoint, request_facts};
+use crate::policy::json;
+use crate::policy::retry::RetryPolicy;
+use crate::policy::route::{Head, NoRoute, Routed};
+use crate::pool::{Class, Pool, Snapshot, Wanted};
+use crate::proxy::admit::Asked;
+use crate::proxy::exchange::Exchange;
+use crate::proxy::ledger::Ledger;
+use crate::proxy::replay_body::{Bounds, ReplayBody};
+use crate::proxy::respond::{Refusal, refuse};
+
+impl Worker {
+    /// Answers one request. Dropping the future or the answer's body ends the work at the backend.
+    pub async fn answer(
+        self: Arc<Self>,
+        client: Arc<Client>,
+        request: Request<Incoming>,
+        defect: Option<HeadDefect>,
+    ) -> Response<AnswerBody> {
+        let (mut head, incoming) = request.into_parts();
+        let snapshot = self.directory.snapshot();
+        let endpoint = Endpoint::of(&head.method, head.uri.path());
+        let dialect = admit::dialect_of(endpoint, head.uri.path(), &head.headers);
+        let mut ledger = self.open(&head, &client, endpoint);
+        if let Err(refusal) =
+            admit::check(&head, defect, &snapshot.config.limits, incoming.size_hint().exact())
+        {
+            return refuse(ledger, dialect, &refusal);
+        }
+        if lists_models(&head)
+            && let Some(list) = models::union(&snapshot)
+        {
+            return models::answer(list, ledger);
+        }
+        match self.prepare(&snapshot, &mut head, incoming, &client, (endpoint, dialect), &mut ledger).await {
+            Ok((asked, body, pool, policy)) => {
+                let switch = head.extensions.remove::<OnUpgrade>().filter(|_| asked.upgrade.is_some());
+                Exchange::new(asked, body, ledger, pool, policy, switch).run().await
+            }
+            Err(refusal) => refuse(ledger, dialect, &refusal),
+        }
+    }
+
+    fn open(self: &Arc<Self>, head: &request::Parts, client: &Client, endpoint: Endpoint) -> Ledger {
+        let id = self.with_rng(|rng| headers::request_id(&head.headers, rng));
+        let ip = headers::client_ip(&head.headers, client);
+        Ledger::open(self, id, ip, head.method.clone(), admit::target(head), endpoint)
+    }
+
+    /// Takes the body in and finds out where the request goes and what it is.
+    async fn prepare(
+        self: &Arc<Self>,
+        snapshot: &Snapshot,
+        head: &mut request::Parts,
+        incoming: Incoming,
+        client: &Client,
+        (endpoint, dialect): (Endpoint, Dialect),
+        ledger: &mut Ledger,
+    ) -> Result<(Asked, ReplayBody, Arc<Pool>, RetryPolicy), Refusal> {
+        let config = &snapshot.config;
+        if head.headers.contains_key(header::EXPECT) && !incoming.is_end_stream() {
+            self.stand_by(snapshot, head).await?;
+        }
+        let bounds = Bounds {
+            memory: &self.memory,
+            limits: &config.limits,
+            idle: config.client_clocks.upload_idle,
+            keep: endpoint.is_inference() && dialect != Dialect::Grpc,
+        };
+        let mut body = ReplayBody::receive(incoming, &bounds, || self.alarms.alarm()).await?;
+        ledger.bytes_in = body.bytes().map_or(0, |bytes| bytes.len() as u64);
+
+        let readable = body.bytes().filter(|_| !head.headers.contains_key(header::CONTENT_ENCODING)).cloned();
+        let bytes = readable.unwrap_or_default();
+        // What is no JSON object the engine refuses in its own words.
+        let facts = request_facts(endpoint, &bytes).unwrap_or_default();
+        let named = facts.model.as_deref().or_else(|| Endpoint::model_in_path(head.uri.path()));
+        let routed = route(snapshot, head, named)?;
+        let pool = &snapshot.pools[routed.pool];
+        ledger.routed(pool, named);
+        if let (Some(rename), Some(span)) = (routed.rename, facts.model_span.clone()) {
+            body.replace(renamed(&bytes, span, rename));
+        }
+        let rule = routed.rule.map(|rule| &config.routes[rule]);
+        let mut policy = pool.config.retry.clone();
+        policy.replay = rule.and_then(|rule| rule.replay).unwrap_or(policy.replay);
+        let total = rule.and_then(|rule| rule.total).or(pool.config.clocks.total);
+        let mut nature = admit::nature(head, endpoint);
+        nature.stateful = facts.stateful.is_some();
+        let asked = Asked {
+            id: ledger.id.clone(),
+            endpoint,
+            dialect,
+            method: head.method.clone(),
+            path: admit::target(head),
+            upgrade: headers::upgrade(head),
+            model: routed.rename.or(named).map(str::to_owned),
+            stream: facts.stream,
+            choices: facts.choices.max(1),
+            nature,
+            class: Class::of(endpoint, facts.stream),
+            affinity: affinity(pool, head, &bytes),
+            prompt_bytes: ledger.bytes_in,
+            uploads: body.is_streamed(),
+            total: total.map(|total| ledger.started + total),
+            limits: config.limits.clone(),
+            headers: admit::outgoing_headers(head, endpoint, client),
+        };
+        Ok((asked, body, pool.clone(), policy))
+    }
+
+    /// `Expect: 100-continue` is answered (by reading the body) only when a backend connection stands.
+    async fn stand_by(&self, snapshot: &Snapshot, head: &request::Parts) -> Result<(), Refusal> {
+        let Ok(routed) = route(snapshot, head, None) else { return Ok(()) };
+        let wanted = Wanted {
+            tried: &[],
+            class: Class::of(Endpoint::Other, false),
+            model: None,
+            affinity: None,
+            prompt_bytes: 0,
+            replayable: false,
+        };
+        exchange::stand_by(self, &snapshot.pools[routed.pool], &wanted).await
+    }
+}
+
+fn lists_models(head: &request::Parts) -> bool {
+    head.method == Method::GET && matches!(head.uri.path(), "/v1/models" | "/models")
+}
+
+fn route<'s>(
+    snapshot: &'s Snapshot,
+    head: &request::Parts,
+    model: Option<&str>,
+) -> Result<Routed<'s>, Refusal> {
+    let host = head.headers.get(header::HOST).and_then(|host| host.to_str().ok());
+    let host = host.or_else(|| head.uri.authority().map(http::uri::Authority::as_str));
+    let view = Head { path: head.uri.path(), host, headers: &head.headers };
+    let listed = |pool: usize, model: &str| snapshot.pools[pool].lists(model);
+    snapshot.routes.route(&view, model, &listed).map_err(|none| match none {
+        NoRoute::UnknownModel { models } => Refusal::UnknownModel {
+            model: model.unwrap_or_default().to_owned(),
+            known: models::known(snapshot, models),
+        },
+        NoRoute::NoPool => Refusal::NoRoute,
+    })
+}
+
+/// The one documented edit of a client's body, by splicing: everything else stays as it was written.
+fn renamed(body: &Bytes, span: std::ops::Range<usize>, name: &str) -> Bytes {
+    let mut literal = Vec::with_capacity(name.len() + 2);
+    json::write_string(&mut literal, name);
+    json::splice(body, span, literal.into()).concat().into()
+}
+
+/// What makes this request alike to others, where the pool's balance looks at that.
+fn affinity(pool: &Pool, head: &request::Parts, body: &[u8]) -> Option<u64> {
+    match pool.config.balance.affinity_key()? {
+        AffinityKey::Header(name) => head.headers.get(name).map(|value| stable_hash(value.as_bytes())),
+        AffinityKey::PromptPrefix { bytes } => {
+            let mut prompt: &[u8] = &[];
+            // The last member of a name counts; a body that is no object has no prompt.
+            let _ = json::scan_top_level(body, |name, value| {
+                if matches!(name, b"messages" | b"prompt" | b"input" | b"inputs" | b"text_input") {
+                    prompt = value.raw();
+                }
+                std::ops::ControlFlow::Continue(())
+            });
+            (!prompt.is_empty()).then(|| stable_hash(&prompt[..prompt.len().min(*bytes)]))
+        }
+    }
+}

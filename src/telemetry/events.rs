@@ -74,9 +74,14 @@ pub struct EventRecord {
 }
 
 fn as_rfc3339<S: Serializer>(time: &SystemTime, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(&rfc3339(*time))
+}
+
+/// `2026-01-31T08:15:30.123Z`: how every time is written in what evergate tells.
+pub fn rfc3339(time: SystemTime) -> String {
     let mut text = Vec::new();
-    push_time(&mut text, *time);
-    serializer.serialize_str(&String::from_utf8_lossy(&text))
+    push_time(&mut text, time);
+    String::from_utf8_lossy(&text).into_owned()
 }
 
 /// The latest events, and those who listen.
@@ -510,6 +515,25 @@ impl ReloadRefused<'_> {
             telemetry,
             &format_args!("configuration refused, the last good one stays ({errors} errors): {report}"),
         );
+    }
+}
+
+/// A configuration was read that says what is in force already.
+#[derive(Clone, Copy)]
+pub struct ReloadUnchanged<'a> {
+    /// The generation that stays.
+    pub generation: u64,
+    /// What would need a restart; may be empty.
+    pub waiting: &'a dyn Display,
+}
+
+impl ReloadUnchanged<'_> {
+    /// Logs, counts, remembers; sets the gauge: a refused file that was put right is no error any more.
+    pub fn emit(&self, telemetry: &Telemetry) {
+        telemetry.metrics.config_errors.set(0);
+        let (generation, waiting) = (self.generation, self.waiting);
+        Notice::new(Severity::Info, "reload_unchanged")
+            .tell(telemetry, &format_args!("configuration {generation} stays: nothing to change{waiting}"));
     }
 }
 

@@ -1,6 +1,12 @@
 //! evergate itself in a test: its configuration, built from the backends at hand, and the process.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
+
+use evergate::app::{self, Plan, Running};
+use evergate::config::Source;
+use evergate::telemetry::Telemetry;
+use evergate::telemetry::metrics::End;
 
 use evergate::config::{self, Config};
 use toml::{Table, Value};
@@ -107,15 +113,62 @@ impl ProxyBuilder {
     }
 }
 
-/// evergate, running in this process.
-///
-/// To be filled in where `evergate::app` is composed: parse the text as the binary would, start on a
-/// runtime of its own (so that dropping the proxy cannot leave tasks in the test's), and take both
-/// addresses from the bound listeners. Dropping it stops it at once; `drain` tests ask the admin side.
-#[derive(Clone, Copy, Debug)]
+/// evergate, running in this process, on threads of its own. Dropping it ends it at once.
 pub struct Proxy {
-    /// Where clients connect.
+    /// Where clients connect: the first listener.
     pub addr: SocketAddr,
     /// The operator's side.
     pub admin_addr: SocketAddr,
+    /// What it counts and tells.
+    pub telemetry: Arc<Telemetry>,
+    /// The thing itself.
+    pub running: Running,
+}
+
+impl Proxy {
+    /// Starts one by the configuration built so far.
+    #[track_caller]
+    pub fn start(builder: &ProxyBuilder) -> Self {
+        Self::start_toml(&builder.build_toml(), None)
+    }
+
+    /// Starts one by a text, and follows `source` where given.
+    #[track_caller]
+    pub fn start_toml(toml: &str, source: Option<Source>) -> Self {
+        let config = match evergate::config::parse(toml, "test.toml", &|_| None) {
+            Ok(config) => config,
+            Err(errors) => panic!("{errors}\n{toml}"),
+        };
+        let telemetry = Arc::new(Telemetry::silent());
+        let running = app::start(Plan { config, source }, telemetry.clone()).unwrap();
+        Self { addr: running.addresses()[0], admin_addr: running.admin(), telemetry, running }
+    }
+
+    /// A member of the pool `default`, by its address.
+    pub fn backend(&self, address: SocketAddr) -> Arc<evergate::pool::Backend> {
+        let snapshot = self.running.directory().snapshot();
+        let found = snapshot.members().find(|(_, m)| m.params.authority.as_str() == address.to_string());
+        found.expect("a configured backend").1.backend.clone()
+    }
+
+    /// Waits until every backend has been probed for the first time, where probes run.
+    pub async fn probed(&self) {
+        super::eventually(super::PATIENCE, || {
+            let snapshot = self.running.directory().snapshot();
+            snapshot.members().all(|(_, m)| m.backend.whole().read(|h| h.operational().name() != "unknown"))
+        })
+        .await;
+    }
+
+    /// Requests in must be responses out; nothing is in flight.
+    pub async fn is_quiet(&self) {
+        let exchanges = &self.telemetry.metrics.exchanges;
+        super::eventually(super::PATIENCE, || exchanges.in_flight() == 0).await;
+        let out: u64 = End::ALL.iter().map(|end| exchanges.finished(*end)).sum();
+        assert_eq!(exchanges.started(), out, "requests in are responses out");
+        let snapshot = self.running.directory().snapshot();
+        for (_, member) in snapshot.members() {
+            assert_eq!(member.backend.in_flight(), 0, "{} has nothing in flight", member.params.name);
+        }
+    }
 }

@@ -117,6 +117,8 @@ pub enum Reason {
     NotReplayable,
     /// The client's upload ended early, or the client is gone.
     Client,
+    /// The exchange's own time is over.
+    Time,
 }
 
 impl Reason {
@@ -127,6 +129,7 @@ impl Reason {
             Self::Budget => "retry_budget_empty",
             Self::NotReplayable => "not_replayable",
             Self::Client => "client",
+            Self::Time => "total_timeout",
         }
     }
 }
@@ -183,6 +186,7 @@ pub fn decide(
         Verdict::Success => return Next::Relay,
         Verdict::Cancelled => return Next::GiveUp(Reason::Client),
         Verdict::Neutral if facts.cause.is_answer() => return Next::Relay,
+        Verdict::Neutral if facts.cause == Cause::TotalTimeout => return Next::GiveUp(Reason::Time),
         Verdict::Neutral | Verdict::Fault | Verdict::Busy | Verdict::Misconfigured => {}
     }
     if !facts.sent {

@@ -1,0 +1,136 @@
+//! Reading a request's head: what is asked, in whose words, and whether it may be asked at all.
+
+use http::uri::PathAndQuery;
+use http::{HeaderMap, HeaderValue, Method, Version, header, request};
+
+use crate::config::Limits;
+use crate::policy::Moment;
+use crate::policy::dialect::{Dialect, Endpoint};
+use crate::policy::retry::Nature;
+use crate::pool::Class;
+use crate::proxy::client::{Client, HeadDefect};
+use crate::proxy::headers;
+use crate::proxy::respond::Refusal;
+
+/// What an exchange asks for, fixed at its admission.
+pub(super) struct Asked {
+    /// The exchange's id.
+    pub(super) id: HeaderValue,
+    /// The API.
+    pub(super) endpoint: Endpoint,
+    /// Its words.
+    pub(super) dialect: Dialect,
+    pub(super) method: Method,
+    /// As sent.
+    pub(super) path: PathAndQuery,
+    /// As a backend is to see them, but for what differs by backend and attempt.
+    pub(super) headers: HeaderMap,
+    /// The protocol to switch to.
+    pub(super) upgrade: Option<HeaderValue>,
+    /// The model as the backends know it, where it was read.
+    pub(super) model: Option<String>,
+    /// Whether tokens are to come one by one.
+    pub(super) stream: bool,
+    /// Choices that must finish.
+    pub(super) choices: u32,
+    /// As far as sending it twice is concerned.
+    pub(super) nature: Nature,
+    /// What its speed is compared with.
+    pub(super) class: Class,
+    /// Hash of what makes it alike to others.
+    pub(super) affinity: Option<u64>,
+    /// Bytes of the body, where known.
+    pub(super) prompt_bytes: u64,
+    /// Its body is still coming while it is sent.
+    pub(super) uploads: bool,
+    /// End of the whole exchange.
+    pub(super) total: Option<Moment>,
+    /// As they were at admission.
+    pub(super) limits: Limits,
+}
+
+/// Whose words are spoken at `path`: also where the endpoint is not known.
+pub(super) fn dialect_of(endpoint: Endpoint, path: &str, headers: &HeaderMap) -> Dialect {
+    if endpoint != Endpoint::Other {
+        return endpoint.dialect();
+    }
+    let grpc = |value: &HeaderValue| value.as_bytes().starts_with(b"application/grpc");
+    if headers.get(header::CONTENT_TYPE).is_some_and(grpc) {
+        return Dialect::Grpc;
+    }
+    match path {
+        _ if path.starts_with("/v1/") => Dialect::OpenAi,
+        _ if path.starts_with("/v2/") => Dialect::Kserve,
+        _ if path.starts_with("/api/") => Dialect::Ollama,
+        _ => Dialect::Plain,
+    }
+}
+
+/// Whether the request may be asked at all.
+///
+/// # Errors
+/// The client's.
+pub(super) fn check(
+    head: &request::Parts,
+    defect: Option<HeadDefect>,
+    limits: &Limits,
+    announced: Option<u64>,
+) -> Result<(), Refusal> {
+    if let Some(defect) = defect {
+        return Err(Refusal::Framing(defect));
+    }
+    if matches!(head.method, Method::CONNECT | Method::TRACE) {
+        return Err(Refusal::Method);
+    }
+    check_host(head)?;
+    if let Some(expect) = head.headers.get(header::EXPECT)
+        && !expect.as_bytes().eq_ignore_ascii_case(b"100-continue")
+    {
+        return Err(Refusal::Expectation);
+    }
+    match announced {
+        Some(length) if length > limits.body_bytes_max => Err(Refusal::TooLarge(limits.body_bytes_max)),
+        _ => Ok(()),
+    }
+}
+
+/// RFC 9112 §3.2: exactly one `Host` in HTTP/1.1.
+fn check_host(head: &request::Parts) -> Result<(), Refusal> {
+    let hosts = head.headers.get_all(header::HOST).iter().count();
+    let fine = match head.version {
+        Version::HTTP_09 | Version::HTTP_10 => hosts <= 1,
+        Version::HTTP_11 => hosts == 1,
+        _ => hosts <= 1 && (hosts == 1 || head.uri.authority().is_some()),
+    };
+    if fine { Ok(()) } else { Err(Refusal::Invalid("a request needs exactly one Host header field")) }
+}
+
+/// The fields a backend is to see.
+pub(super) fn outgoing_headers(head: &mut request::Parts, endpoint: Endpoint, client: &Client) -> HeaderMap {
+    let mut fields = std::mem::take(&mut head.headers);
+    headers::strip_hop_by_hop(&mut fields);
+    headers::forward(&mut fields, &head.uri, client);
+    // The body's length is set anew by whoever sends it; 100-continue was between the client and us.
+    fields.remove(header::CONTENT_LENGTH);
+    fields.remove(header::EXPECT);
+    if endpoint.is_inference() {
+        // A compressed stream can be neither watched nor resumed, and tokens do not compress.
+        fields.remove(header::ACCEPT_ENCODING);
+    }
+    fields
+}
+
+/// What the head says about sending the request twice.
+pub(super) fn nature(head: &request::Parts, endpoint: Endpoint) -> Nature {
+    Nature {
+        idempotent: head.method.is_idempotent(),
+        keyed: head.headers.contains_key("idempotency-key"),
+        inference: endpoint.is_inference() && head.method == Method::POST,
+        stateful: false,
+    }
+}
+
+/// Where the request goes, as sent: absolute form loses its authority.
+pub(super) fn target(head: &request::Parts) -> PathAndQuery {
+    head.uri.path_and_query().cloned().unwrap_or(PathAndQuery::from_static("/"))
+}

@@ -1,0 +1,260 @@
+//! Header fields on their way through: what belongs to one connection stays there, what a backend should
+//! know about the client is added, everything else is passed on as it is.
+//!
+//! RFC 9110 §7.6.1 (Connection and what it nominates), RFC 7239 (Forwarded).
+
+use std::fmt::Write;
+use std::net::IpAddr;
+
+use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use http::{Uri, Version, request};
+use smallvec::SmallVec;
+
+use crate::proxy::client::Client;
+
+/// Longest request id that is taken over from a client.
+const REQUEST_ID_BYTES_MAX: usize = 128;
+
+/// The exchange's id, towards both sides.
+pub(super) const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// Number of the attempt, so that retries stacked over layers can be seen.
+pub(super) const X_EVERGATE_ATTEMPT: HeaderName = HeaderName::from_static("x-evergate-attempt");
+const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
+const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
+const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
+const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
+
+/// Fields of one connection, whatever `Connection` says.
+const HOP_BY_HOP: [HeaderName; 6] = [
+    header::CONNECTION,
+    KEEP_ALIVE,
+    PROXY_CONNECTION,
+    header::TRANSFER_ENCODING,
+    header::UPGRADE,
+    HTTP2_SETTINGS,
+];
+
+/// Removes what belongs to one connection only. `TE: trailers` survives, as gRPC needs it.
+pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap) {
+    let nominated: SmallVec<[HeaderName; 4]> = headers
+        .get_all(header::CONNECTION)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|list| list.split(','))
+        .filter_map(|name| HeaderName::try_from(name.trim()).ok())
+        .collect();
+    let trailers = headers.get(header::TE).is_some_and(wants_trailers);
+    for name in &HOP_BY_HOP {
+        headers.remove(name);
+    }
+    for name in nominated {
+        // Nominating these would take away what the message means (a known attack on proxies).
+        if !is_protected(&name) {
+            headers.remove(name);
+        }
+    }
+    headers.remove(header::TE);
+    if trailers {
+        headers.insert(header::TE, HeaderValue::from_static("trailers"));
+    }
+}
+
+fn wants_trailers(te: &HeaderValue) -> bool {
+    te.to_str().is_ok_and(|te| te.split(',').any(|coding| coding.trim().eq_ignore_ascii_case("trailers")))
+}
+
+fn is_protected(name: &HeaderName) -> bool {
+    matches!(
+        *name,
+        header::CONTENT_LENGTH | header::CONTENT_TYPE | header::HOST | header::AUTHORIZATION | header::COOKIE
+    ) || *name == X_REQUEST_ID
+        || *name == X_FORWARDED_FOR
+        || *name == X_FORWARDED_PROTO
+        || *name == X_FORWARDED_HOST
+        || *name == header::FORWARDED
+}
+
+/// Whether the client asks to switch to another protocol on this connection (RFC 9110 §7.8).
+pub(super) fn upgrade(head: &request::Parts) -> Option<HeaderValue> {
+    if head.version != Version::HTTP_11 {
+        return None;
+    }
+    let asks = head.headers.get_all(header::CONNECTION).iter().any(|value| {
+        value.to_str().is_ok_and(|list| list.split(',').any(|o| o.trim().eq_ignore_ascii_case("upgrade")))
+    });
+    // An upgrade to HTTP/2 is of the connection, not of the exchange; it may be ignored, and is.
+    head.headers
+        .get(header::UPGRADE)
+        .filter(|to| asks && !to.as_bytes().eq_ignore_ascii_case(b"h2c"))
+        .cloned()
+}
+
+/// Tells the backend who asks. What an untrusted peer claims is replaced, what a trusted one says is extended.
+pub(super) fn forward(headers: &mut HeaderMap, uri: &Uri, client: &Client) {
+    let host = headers.remove(header::HOST).or_else(|| {
+        // HTTP/2 names the host in the request target.
+        uri.authority().and_then(|authority| HeaderValue::from_str(authority.as_str()).ok())
+    });
+    let peer = client.peer.ip();
+    let proto = if client.tls { "https" } else { "http" };
+    if client.trusted {
+        extend_list(headers, &X_FORWARDED_FOR, &peer.to_string());
+        headers.entry(X_FORWARDED_PROTO).or_insert(HeaderValue::from_static(proto));
+        if let Some(host) = &host {
+            headers.entry(X_FORWARDED_HOST).or_insert_with(|| host.clone());
+        }
+    } else {
+        headers.insert(X_FORWARDED_FOR, ascii(&peer.to_string()));
+        headers.insert(X_FORWARDED_PROTO, HeaderValue::from_static(proto));
+        match &host {
+            Some(host) => drop(headers.insert(X_FORWARDED_HOST, host.clone())),
+            None => drop(headers.remove(X_FORWARDED_HOST)),
+        }
+    }
+    // `Forwarded` is written only where it is already in use: the other three are what backends read.
+    if headers.contains_key(header::FORWARDED) {
+        let element = forwarded_element(peer, proto, host.as_ref());
+        if client.trusted {
+            extend_list(headers, &header::FORWARDED, &element);
+        } else {
+            headers.insert(header::FORWARDED, ascii(&element));
+        }
+    }
+}
+
+fn forwarded_element(peer: IpAddr, proto: &str, host: Option<&HeaderValue>) -> String {
+    let mut element = match peer {
+        IpAddr::V4(ip) => format!("for={ip};proto={proto}"),
+        IpAddr::V6(ip) => format!("for=\"[{ip}]\";proto={proto}"),
+    };
+    if let Some(host) = host.and_then(|host| host.to_str().ok()).filter(|host| !host.contains(['"', '\\'])) {
+        // Writing to a string cannot fail.
+        let _ = write!(element, ";host=\"{host}\"");
+    }
+    element
+}
+
+fn extend_list(headers: &mut HeaderMap, name: &HeaderName, element: &str) {
+    let mut list: Vec<u8> = Vec::new();
+    for value in headers.get_all(name) {
+        list.extend_from_slice(value.as_bytes());
+        list.extend_from_slice(b", ");
+    }
+    list.extend_from_slice(element.as_bytes());
+    if let Ok(value) = HeaderValue::from_bytes(&list) {
+        headers.insert(name.clone(), value);
+    }
+}
+
+fn ascii(text: &str) -> HeaderValue {
+    HeaderValue::from_str(text).unwrap_or(HeaderValue::from_static("unknown"))
+}
+
+/// Who the client is, for the records: the peer, or whom a trusted proxy names first.
+pub(super) fn client_ip(headers: &HeaderMap, client: &Client) -> IpAddr {
+    let named = || {
+        let first = headers.get(X_FORWARDED_FOR)?.to_str().ok()?.split(',').next()?.trim();
+        first.parse().ok()
+    };
+    if client.trusted { named().unwrap_or(client.peer.ip()) } else { client.peer.ip() }
+}
+
+/// The client's request id if it is fit to be one, else a new one of 128 random bits.
+pub(super) fn request_id(headers: &HeaderMap, rng: &mut fastrand::Rng) -> HeaderValue {
+    let fit = |value: &&HeaderValue| {
+        let bytes = value.as_bytes();
+        (1..=REQUEST_ID_BYTES_MAX).contains(&bytes.len()) && bytes.iter().all(u8::is_ascii_graphic)
+    };
+    match headers.get(X_REQUEST_ID).filter(fit) {
+        Some(theirs) => theirs.clone(),
+        None => ascii(&format!("{:032x}", rng.u128(..))),
+    }
+}
+
+/// The id of attempt `n`: the exchange's own for the first, so that engines which refuse an id twice take the others.
+pub(super) fn attempt_id(id: &HeaderValue, n: u32) -> HeaderValue {
+    if n == 1 {
+        return id.clone();
+    }
+    let mut bytes = id.as_bytes().to_vec();
+    bytes.extend_from_slice(format!("-{n}").as_bytes());
+    HeaderValue::from_bytes(&bytes).unwrap_or_else(|_| id.clone())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+
+    fn client(trusted: bool) -> Client {
+        Client { peer: "192.0.2.7:4711".parse().unwrap(), tls: true, trusted, listener: Arc::from("l") }
+    }
+
+    fn map(fields: &[(&str, &str)]) -> HeaderMap {
+        let mut map = HeaderMap::new();
+        for (name, value) in fields {
+            map.append(HeaderName::try_from(*name).unwrap(), HeaderValue::from_str(value).unwrap());
+        }
+        map
+    }
+
+    #[test]
+    fn what_belongs_to_one_connection_stays_there() {
+        let mut headers = map(&[
+            ("connection", "keep-alive, X-Private"),
+            ("connection", "close, authorization"),
+            ("keep-alive", "timeout=5"),
+            ("proxy-connection", "close"),
+            ("te", "trailers, deflate"),
+            ("transfer-encoding", "chunked"),
+            ("upgrade", "websocket"),
+            ("x-private", "1"),
+            ("authorization", "Bearer a"),
+            ("x-public", "2"),
+        ]);
+        strip_hop_by_hop(&mut headers);
+        assert_eq!(headers, map(&[("authorization", "Bearer a"), ("x-public", "2"), ("te", "trailers")]));
+    }
+
+    #[test]
+    fn claims_of_strangers_are_replaced_and_those_of_trusted_proxies_extended() {
+        let claims = [
+            ("host", "api.example"),
+            ("x-forwarded-for", "198.51.100.1"),
+            ("x-forwarded-proto", "http"),
+            ("x-forwarded-host", "outer.example"),
+            ("forwarded", "for=198.51.100.1"),
+        ];
+        let uri = Uri::from_static("/v1/models");
+        let mut headers = map(&claims);
+        forward(&mut headers, &uri, &client(false));
+        assert_eq!(headers[X_FORWARDED_FOR], "192.0.2.7");
+        assert_eq!(headers[X_FORWARDED_PROTO], "https");
+        assert_eq!(headers[X_FORWARDED_HOST], "api.example");
+        assert_eq!(headers[header::FORWARDED], "for=192.0.2.7;proto=https;host=\"api.example\"");
+        let mut headers = map(&claims);
+        assert_eq!(client_ip(&headers, &client(true)), "198.51.100.1".parse::<IpAddr>().unwrap());
+        forward(&mut headers, &uri, &client(true));
+        assert_eq!(headers[X_FORWARDED_FOR], "198.51.100.1, 192.0.2.7");
+        assert_eq!(headers[X_FORWARDED_PROTO], "http");
+        assert_eq!(headers[X_FORWARDED_HOST], "outer.example");
+        assert_eq!(
+            headers[header::FORWARDED],
+            "for=198.51.100.1, for=192.0.2.7;proto=https;host=\"api.example\""
+        );
+    }
+
+    #[test]
+    fn a_request_id_is_taken_over_only_if_it_is_fit_to_be_one() {
+        let mut rng = fastrand::Rng::with_seed(7);
+        assert_eq!(request_id(&map(&[("x-request-id", "abc-1")]), &mut rng), "abc-1");
+        for unfit in [String::new(), "a b".to_owned(), "x".repeat(129)] {
+            let made = request_id(&map(&[("x-request-id", &unfit)]), &mut rng);
+            assert_eq!(made.len(), 32, "{unfit:?}");
+        }
+        assert_eq!(attempt_id(&HeaderValue::from_static("abc"), 1), "abc");
+        assert_eq!(attempt_id(&HeaderValue::from_static("abc"), 3), "abc-3");
+    }
+}

@@ -1,0 +1,153 @@
+//! A token stream on its way to the client: whole events, as they come, unchanged.
+//!
+//! The answer ends well only after a good finish of every choice. Anything else the client is told in one
+//! error event of its dialect, then the body ends cleanly, and never with `[DONE]`. What breaks behind the
+//! finish is completed here. Silence beyond the inter-token clock is borne as long as the backend is not
+//! known to be gone, and `silence_max` at most.
+
+use std::collections::VecDeque;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+
+use crate::clock;
+use crate::policy::Moment;
+use crate::policy::dialect::{Dialect, Endpoint};
+use crate::policy::health::Standing;
+use crate::policy::retry::{Cause, Phase};
+use crate::proxy::attempt::cut;
+use crate::proxy::relay::Serving;
+use crate::proxy::respond::last_event;
+use crate::proxy::token_stream::{Ending, TokenStream};
+use crate::proxy::watch::Stage;
+use crate::telemetry::metrics::End;
+use crate::upstream::InBody;
+
+/// The body of an answer that is a token stream.
+pub(super) struct EventRelay {
+    /// Ready to go.
+    ahead: VecDeque<Bytes>,
+    /// Gone when it has ended.
+    body: Option<InBody>,
+    stream: Box<TokenStream>,
+    serving: Serving,
+    endpoint: Endpoint,
+    dialect: Dialect,
+    clocks: Silence,
+}
+
+/// How much silence is borne.
+#[derive(Clone, Copy)]
+pub(super) struct Silence {
+    /// Then the backend is looked at.
+    pub(super) inter_token: Duration,
+    /// Then it is over.
+    pub(super) max: Duration,
+    /// The latest event.
+    pub(super) since: Moment,
+}
+
+impl EventRelay {
+    /// Relays from the gate on.
+    pub(super) fn new(
+        ahead: VecDeque<Bytes>,
+        body: Option<InBody>,
+        stream: Box<TokenStream>,
+        serving: Serving,
+        (endpoint, dialect): (Endpoint, Dialect),
+        clocks: Silence,
+    ) -> Self {
+        let mut relay = Self { ahead, body, stream, serving, endpoint, dialect, clocks };
+        let since = relay.clocks.since;
+        relay.serving.watch.enter(Stage::Body { idle: relay.clocks.inter_token, since });
+        if relay.body.is_none() {
+            relay.serving.complete();
+        }
+        relay
+    }
+
+    /// The next bytes; `None` is the end.
+    pub(super) fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Bytes>> {
+        loop {
+            if let Some(chunk) = self.ahead.pop_front() {
+                self.serving.ledger.sent(chunk.len());
+                return Poll::Ready(Some(chunk));
+            }
+            let Some(body) = &mut self.body else { return Poll::Ready(None) };
+            match body.poll_frame(cx) {
+                Poll::Ready(Some(Ok(frame))) => {
+                    if let Ok(chunk) = frame.into_data() {
+                        self.feed(chunk);
+                    }
+                }
+                Poll::Ready(Some(Err(error))) => self.end(Err(cut(&error))),
+                Poll::Ready(None) => self.end(Ok(())),
+                Poll::Pending => match self.serving.watch.poll_expired(cx) {
+                    Poll::Ready(Cause::Silence) if self.may_go_on() => {}
+                    Poll::Ready(cause) => self.broke(cause),
+                    Poll::Pending => return Poll::Pending,
+                },
+            }
+        }
+    }
+
+    fn feed(&mut self, chunk: Bytes) {
+        let fed = self.stream.feed(chunk, &mut self.ahead);
+        if fed.any {
+            self.clocks.since = clock::now();
+            self.serving.watch.moved(self.clocks.since);
+        }
+        if fed.too_large {
+            self.serving.ledger.worker().telemetry().metrics.count_limit("event_bytes_max");
+        }
+        if let Some(fault) = fed.broken {
+            self.broke(fault.cause);
+        }
+    }
+
+    fn end(&mut self, clean: Result<(), Cause>) {
+        match self.stream.end(clean) {
+            Ending::Whole(rest) => {
+                self.body = None;
+                if !rest.is_empty() {
+                    self.ahead.push_back(rest);
+                }
+                match clean {
+                    Ok(()) => self.serving.complete(),
+                    Err(cause) => self.serving.broke(Phase::Tail, cause, End::Complete),
+                }
+            }
+            Ending::Broken(cause) => self.broke(cause),
+        }
+    }
+
+    /// The connection is closed at once; the client gets what completes its answer, or the error.
+    fn broke(&mut self, cause: Cause) {
+        self.body = None;
+        if self.stream.is_complete() {
+            self.ahead.push_back(self.stream.complete_locally());
+            self.serving.broke(Phase::Tail, cause, End::Complete);
+        } else {
+            self.serving.broke(Phase::Stream, cause, End::Error);
+            let sequence = self.stream.next_sequence();
+            let event = last_event(&self.serving.ledger, self.dialect, self.endpoint, cause, sequence);
+            self.ahead.push_back(event);
+        }
+        self.ahead.retain(|chunk| !chunk.is_empty());
+    }
+
+    /// Slow is not dead: silence is borne while the judge has nothing against the backend.
+    fn may_go_on(&mut self) -> bool {
+        let now = clock::now();
+        let left = (self.clocks.since + self.clocks.max).since(now);
+        let choice = &self.serving.choice;
+        let standing = choice.backend().whole().standing(&choice.pool.config.health, now);
+        if left.is_zero() || matches!(standing, Standing::Out { .. }) {
+            return false;
+        }
+        let idle = self.clocks.inter_token.min(left);
+        self.serving.watch.enter(Stage::Body { idle, since: now });
+        true
+    }
+}
