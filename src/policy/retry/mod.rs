@@ -18,11 +18,15 @@ pub use classify::{Cause, Facts, Phase, Verdict, verdict};
 
 use std::time::Duration;
 
+/// Attempts that sent nothing, beyond one for each backend. Time bounds them (`wait_max`); this is for a
+/// chance that makes every pause short.
+const UNSENT_REPEATS_MAX: usize = 32;
+
 /// Parameters of retrying.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RetryPolicy {
     /// Most attempts of one exchange that reached a backend, the first included. Default 3, 1..=10.
-    /// Attempts of which nothing was sent are bounded by `wait_max` once every backend was tried.
+    /// Attempts of which nothing was sent are bounded by `wait_max` instead.
     pub attempts_max: u8,
     /// Share of requests that may be retries, over ten seconds. Default 0.2 (GEP-3388).
     pub budget_ratio: f64,
@@ -143,11 +147,18 @@ pub struct History {
     pub unsent: u8,
     /// A kept connection has already failed this exchange once.
     pub stale: bool,
+    /// Backends in the pool: bounds the attempts that sent nothing.
+    pub members: usize,
     /// How the last backend failed, if it serves others.
     last: Option<Cause>,
 }
 
 impl History {
+    /// An exchange that may go to `members` backends.
+    pub fn new(members: usize) -> Self {
+        Self { members, ..Self::default() }
+    }
+
     /// Adds an attempt that has ended.
     pub fn add(&mut self, facts: &Facts) {
         if facts.sent {
@@ -183,7 +194,12 @@ pub fn decide(
         Verdict::Neutral | Verdict::Fault | Verdict::Busy | Verdict::Misconfigured => {}
     }
     if !facts.sent {
-        return Next::Failover;
+        let bound = history.members.saturating_add(UNSENT_REPEATS_MAX);
+        return if usize::from(history.unsent) + 1 < bound {
+            Next::Failover
+        } else {
+            Next::GiveUp(Reason::Attempts)
+        };
     }
     // Two backends that fail everybody alike are two broken backends, and a third may be sound.
     if facts.cause.may_be_the_requests_own() && facts.serves_others && history.last == Some(facts.cause) {
@@ -221,33 +237,46 @@ mod tests {
     #[test]
     fn a_refused_connection_moves_on_whatever_the_request_and_budget() {
         let unsent = Facts::new(Phase::Connect, Cause::Refused);
-        assert_eq!(next(&History::default(), &unsent, false, false), Next::Failover);
+        assert_eq!(next(&History::new(3), &unsent, false, false), Next::Failover);
+    }
+
+    #[test]
+    fn attempts_that_sent_nothing_are_bounded_by_the_pool() {
+        let unsent = Facts::new(Phase::Connect, Cause::Refused);
+        let mut history = History::new(2);
+        let mut n = 0;
+        while next(&history, &unsent, true, true) == Next::Failover {
+            history.add(&unsent);
+            n += 1;
+            assert!(n < 100, "never ends");
+        }
+        assert_eq!(next(&history, &unsent, true, true), Next::GiveUp(Reason::Attempts));
     }
 
     #[test]
     fn a_request_that_must_not_run_twice_is_not_sent_twice() {
         assert_eq!(
-            next(&History::default(), &facts(Cause::Closed), false, true),
+            next(&History::new(3), &facts(Cause::Closed), false, true),
             Next::GiveUp(Reason::NotReplayable)
         );
     }
 
     #[test]
     fn a_busy_answer_was_not_executed_and_may_go_elsewhere() {
-        assert_eq!(next(&History::default(), &facts(Cause::Status(503)), false, true), Next::Failover);
+        assert_eq!(next(&History::new(3), &facts(Cause::Status(503)), false, true), Next::Failover);
     }
 
     #[test]
     fn a_client_fault_is_relayed_at_once() {
         for status in [400, 404, 409, 413, 422] {
-            assert_eq!(next(&History::default(), &facts(Cause::Status(status)), true, true), Next::Relay);
+            assert_eq!(next(&History::new(3), &facts(Cause::Status(status)), true, true), Next::Relay);
         }
     }
 
     #[test]
     fn an_empty_budget_makes_the_first_failure_the_answer() {
         assert_eq!(
-            next(&History::default(), &facts(Cause::Status(500)), true, false),
+            next(&History::new(3), &facts(Cause::Status(500)), true, false),
             Next::GiveUp(Reason::Budget)
         );
     }
@@ -255,7 +284,7 @@ mod tests {
     #[test]
     fn a_stale_connection_is_replayed_once_for_free_and_then_counts() {
         let stale = Facts { reused: true, ..facts(Cause::Closed) };
-        let mut history = History::default();
+        let mut history = History::new(3);
         assert_eq!(next(&history, &stale, true, false), Next::Again);
         assert_eq!(verdict(&stale), Verdict::Neutral);
         history.add(&stale);
@@ -265,7 +294,7 @@ mod tests {
     #[test]
     fn the_same_500_from_two_backends_that_serve_others_is_the_requests_own() {
         let failed = Facts { serves_others: true, ..facts(Cause::Status(500)) };
-        let mut history = History::default();
+        let mut history = History::new(3);
         assert_eq!(next(&history, &failed, true, true), Next::Failover);
         history.add(&failed);
         assert_eq!(next(&history, &failed, true, true), Next::RelayAsRequestFault);
@@ -276,14 +305,14 @@ mod tests {
         // A backend that fails everybody is no witness, neither as the first nor as the second.
         let broken = facts(Cause::Status(500));
         assert_eq!(next(&history, &broken, true, true), Next::Failover);
-        let mut history = History::default();
+        let mut history = History::new(3);
         history.add(&broken);
         assert_eq!(next(&history, &failed, true, true), Next::Failover);
     }
 
     #[test]
     fn three_attempts_are_enough() {
-        let mut history = History::default();
+        let mut history = History::new(9);
         for status in [500, 502] {
             assert_eq!(next(&history, &facts(Cause::Status(status)), true, true), Next::Failover);
             history.add(&facts(Cause::Status(status)));
