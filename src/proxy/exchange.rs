@@ -188,8 +188,9 @@ impl Exchange {
         let replayable = self.is_replayable();
         let want = match () {
             () if self.asked.upgrade.is_some() => Want::Upgradable,
+            () if self.fresh => Want::Fresh,
             // A kept connection may be closing: what was sent on it may or may not have been executed.
-            () if self.fresh || !replayable => Want::Fresh,
+            () if !replayable => Want::Sure,
             () => Want::Any,
         };
         let alarm = self.alarm.take().unwrap_or_else(|| self.worker.alarms.alarm());

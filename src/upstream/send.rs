@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
-use http::{HeaderValue, Request, Uri, Version, header, request, response};
+use http::{HeaderValue, Method, Request, Uri, Version, header, request, response};
 use http_body::{Body, Frame};
 use hyper::body::Incoming;
 
@@ -65,6 +65,11 @@ impl Lease {
                     head.version = Version::HTTP_11;
                     let host = HeaderValue::from_str(authority.as_str());
                     head.headers.insert(header::HOST, host.unwrap_or(HeaderValue::from_static("localhost")));
+                    // RFC 9110 §8.6: where a body is usual, its absence is said. hyper does not say it.
+                    let usual = matches!(head.method, Method::POST | Method::PUT | Method::PATCH);
+                    if usual && matches!(body, OutBody::Empty) {
+                        head.headers.insert(header::CONTENT_LENGTH, HeaderValue::from_static("0"));
+                    }
                     send_h1(lane, h1, Request::from_parts(head, body)).await
                 }
                 Leased::H2(stream) => {
