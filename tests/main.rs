@@ -6,5 +6,6 @@
 #![allow(clippy::disallowed_methods)]
 
 mod failover;
+mod hygiene;
 mod sim;
 mod support;
