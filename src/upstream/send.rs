@@ -203,7 +203,13 @@ fn failure_of(error: &hyper::Error) -> SendFailure {
         if let Some(h2) = cause.downcast_ref::<h2::Error>() {
             let refused = h2.reason() == Some(h2::Reason::REFUSED_STREAM)
                 || (h2.is_go_away() && h2.is_remote() && h2.reason() == Some(h2::Reason::NO_ERROR));
-            return if refused { SendFailure::Refused } else { SendFailure::Closed };
+            // Reset by our side of the connection, which does so when the body it sends breaks off.
+            let ours = h2.is_reset() && !h2.is_remote() && !h2.is_library();
+            return match (refused, ours) {
+                (true, _) => SendFailure::Refused,
+                (_, true) => SendFailure::Upload,
+                _ => SendFailure::Closed,
+            };
         }
         if let Some(io) = cause.downcast_ref::<std::io::Error>()
             && io.kind() == std::io::ErrorKind::InvalidInput
