@@ -109,12 +109,17 @@ impl Worker {
         let bytes = readable.unwrap_or_default();
         // What is no JSON object the engine refuses in its own words.
         let facts = request_facts(endpoint, &bytes).unwrap_or_default();
-        let named = facts.model.as_deref().or_else(|| Endpoint::model_in_path(head.uri.path()));
+        let in_path = Endpoint::model_in_path(head.uri.path());
+        let named = facts.model.as_deref().or(in_path);
         let routed = route(snapshot, head, named)?;
         let pool = &snapshot.pools[routed.pool];
         ledger.routed(pool, named);
         if let (Some(rename), Some(span)) = (routed.rename, facts.model_span.clone()) {
             body.replace(renamed(&bytes, span, rename));
+        }
+        let mut path = admit::target(head);
+        if let (Some(rename), None, Some(model)) = (routed.rename, &facts.model, in_path) {
+            path = admit::renamed_target(&path, model, rename).unwrap_or(path);
         }
         let rule = routed.rule.map(|rule| &config.routes[rule]);
         let mut policy = pool.config.retry.clone();
@@ -127,7 +132,7 @@ impl Worker {
             endpoint,
             dialect,
             method: head.method.clone(),
-            path: admit::target(head),
+            path,
             upgrade: headers::upgrade(head),
             model: routed.rename.or(named).map(str::to_owned),
             stream: facts.stream,
