@@ -7,5 +7,7 @@
 
 mod failover;
 mod hygiene;
+mod limits;
+mod routing;
 mod sim;
 mod support;

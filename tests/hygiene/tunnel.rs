@@ -71,7 +71,8 @@ async fn bytes_pass_both_ways_until_the_client_ends_it() {
     let up: Vec<u8> = (0..200_000_u32).map(|n| n as u8).collect();
     let mut got = vec![0; up.len()];
     let (written, read) = tokio::join!(client.write(&up), within(PATIENCE, backend.read_exact(&mut got)));
-    (written.unwrap(), read.unwrap());
+    written.unwrap();
+    read.unwrap();
     assert!(got == up);
     let (written, got) = tokio::join!(backend.write_all(&up), client.read_bytes(up.len()));
     written.unwrap();
