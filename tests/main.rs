@@ -5,6 +5,7 @@
 // Tests measure real time; only the crate itself must go through its clock.
 #![allow(clippy::disallowed_methods)]
 
+mod drain;
 mod failover;
 mod hygiene;
 mod limits;

@@ -256,6 +256,16 @@ impl Client {
         self.read.split_to(count).to_vec()
     }
 
+    /// As a socket's `read`: some bytes, the end, or the error.
+    pub async fn read_raw(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        if self.read.is_empty() {
+            self.fill().await?;
+        }
+        let some = self.read.len().min(into.len());
+        self.read.copy_to_slice(&mut into[..some]);
+        Ok(some)
+    }
+
     /// Whether the peer closes the connection within `timeout` without sending anything more.
     pub async fn is_closed_within(&mut self, timeout: Duration) -> bool {
         let read = tokio::time::timeout(timeout, self.fill()).await;
