@@ -5,10 +5,12 @@
 // Tests measure real time; only the crate itself must go through its clock.
 #![allow(clippy::disallowed_methods)]
 
+mod discover;
 mod drain;
 mod failover;
 mod hygiene;
 mod limits;
+mod probe;
 mod routing;
 mod sim;
 mod support;

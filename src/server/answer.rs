@@ -69,7 +69,9 @@ impl<H: Answers> Desk<H> {
             let defect = if h1 { desk.defect(number, &request) } else { None };
             let endpoint = Endpoint::of(request.method(), request.uri().path());
             let method = request.method().clone();
-            let old = request.version() == Version::HTTP_10;
+            if request.version() == Version::HTTP_10 {
+                desk.pulse.ends_by_close();
+            }
             if !h1 && request.headers().len() > desk.headers_max {
                 desk.context.telemetry.metrics.count_limit("headers_max");
                 return Ok(desk.refuse(endpoint, TOO_MANY_HEADERS, exchange));
@@ -91,7 +93,7 @@ impl<H: Answers> Desk<H> {
             };
             let mut answer = match answer {
                 Ok(answer) => answer.map(|body| {
-                    AnswerBody::new(Source::Handler(body), exchange, Arc::clone(&desk.context.telemetry), old)
+                    AnswerBody::new(Source::Handler(body), exchange, Arc::clone(&desk.context.telemetry))
                 }),
                 Err(panic) => {
                     told(&desk.context.telemetry, &"an exchange", panic.as_ref());
@@ -142,7 +144,7 @@ impl<H: Answers> Desk<H> {
         let (content_type, body) = error_body(endpoint.dialect(), &rejection);
         let source = Source::Own(Some(body.into()));
         let telemetry = Arc::clone(&self.context.telemetry);
-        let mut answer = Response::new(AnswerBody::new(source, exchange, telemetry, false));
+        let mut answer = Response::new(AnswerBody::new(source, exchange, telemetry));
         *answer.status_mut() = status;
         answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
         answer
@@ -174,8 +176,6 @@ pub(super) struct AnswerBody<B> {
     failed: Option<Failed>,
     exchange: Exchange,
     telemetry: Arc<Telemetry>,
-    /// For an HTTP/1.0 client, to whom the end of the connection is the end of the body.
-    ends_by_close: bool,
 }
 
 enum Source<B> {
@@ -190,8 +190,8 @@ struct Failed {
 }
 
 impl<B> AnswerBody<B> {
-    fn new(source: Source<B>, exchange: Exchange, telemetry: Arc<Telemetry>, old: bool) -> Self {
-        Self { source, failed: None, exchange, telemetry, ends_by_close: old }
+    fn new(source: Source<B>, exchange: Exchange, telemetry: Arc<Telemetry>) -> Self {
+        Self { source, failed: None, exchange, telemetry }
     }
 
     fn poll_source(&mut self, cx: &mut TaskContext<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>>
@@ -230,10 +230,7 @@ impl<B> AnswerBody<B> {
                 Poll::Pending
             }
             Some(failed) => {
-                if self.ends_by_close {
-                    // Without this the client would take what it got for the whole.
-                    pulse.end_by_reset();
-                }
+                pulse.cut();
                 self.source = Source::Own(None);
                 Poll::Ready(Some(Err(failed.error)))
             }

@@ -125,6 +125,8 @@ pub(super) async fn serve<H: Answers>(
         listener: listening.retired().watch(),
     };
     let tls = listening.tls();
+    // One spelling for IPv4, whatever the listener's socket made of it.
+    let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
     let client = Arc::new(Client {
         peer,
         tls: tls.is_some(),
@@ -159,7 +161,10 @@ pub(super) async fn serve<H: Answers>(
             let mut connection = builder.serve_connection(wire, service).with_upgrades();
             let ended = drive(Pin::new(&mut connection), &pulse, &watch).await;
             told(&ended, peer, &context.telemetry);
-            if let (Ended::Cut(Clock::Head), Some(parts)) = (&ended, connection.into_parts()) {
+            if pulse.is_tunnel() {
+                drop(connection);
+                tunnel(&pulse, &watch).await;
+            } else if let (Ended::Cut(Clock::Head), Some(parts)) = (&ended, connection.into_parts()) {
                 too_late(parts.io.into_inner(), &watch).await;
             }
         }
@@ -252,8 +257,9 @@ fn http1_builder(limits: &Limits) -> http1::Builder {
     builder
         .header_read_timeout(None)
         // One copy and one write for head and body, cheaper than two slices for answers of this size. Not
-        // `pipeline_flush`, which flattens too: it lifts the bound of the write buffer (a slow
-        // reader of a long answer fills the memory) and holds an answer back while another request waits.
+        // `pipeline_flush`, which flattens too: it lifts the bound of the write buffer, so that an answer
+        // that is always ready never leaves hyper's loop and fills the memory, and it holds a stream
+        // back for as long as another request waits behind it.
         .writev(false)
         .max_header_size(limits.head_bytes_max)
         .max_buf_size(limits.head_bytes_max.max(H1_BUFFER_MIN));
@@ -336,6 +342,7 @@ async fn drive<C: Http>(mut connection: Pin<&mut C>, pulse: &Pulse, watch: &Watc
         if !watching || watch.phase() != Phase::Accepting {
             watching = true;
             if done.as_mut().poll(cx).is_ready() {
+                pulse.cut();
                 return Poll::Ready(Ended::Drained);
             }
         }
@@ -383,13 +390,23 @@ async fn drive<C: Http>(mut connection: Pin<&mut C>, pulse: &Pulse, watch: &Watc
                 finishing = Some(clock::now());
                 continue;
             }
+            pulse.cut();
             if clock == Clock::SlowReader {
+                // Or the kernel would keep what this client does not take.
                 pulse.end_by_reset();
             }
             return Poll::Ready(Ended::Cut(clock));
         }
     })
     .await
+}
+
+/// Watches a connection that its exchange took over (RFC 9110 §7.8): no clock of HTTP's, but the drain's end.
+async fn tunnel(pulse: &Pulse, watch: &Watch) {
+    tokio::select! {
+        () = poll_fn(|cx| if pulse.tunnel_ended(cx.waker(), false) { Poll::Ready(()) } else { Poll::Pending }) => {}
+        () = watch.done() => pulse.end_tunnel(),
+    }
 }
 
 /// Tells a client that its head took too long (RFC 9110 §15.5.9), as far as it listens.

@@ -70,8 +70,8 @@ impl Listening {
         ListenerStarted { address, tls: self.is_tls(), role: "clients" }.emit(telemetry);
     }
 
+    /// Whether `peer`, in its canonical form, is one of the trusted proxies.
     pub(super) fn trusts(&self, peer: IpAddr) -> bool {
-        let peer = peer.to_canonical();
         self.trusted_proxies.load().iter().any(|net| net.contains(&peer))
     }
 

@@ -52,6 +52,12 @@ pub(super) struct Pulse {
     defect: AtomicU8,
     /// The connection is HTTP's no longer.
     tunnel: AtomicBool,
+    /// The socket is closed, or to be treated so.
+    gone: AtomicBool,
+    /// Who waits for the tunnel's end: its reader, and the task that watches it.
+    tunnel_wakers: Mutex<[Option<Waker>; 2]>,
+    /// An answer's end is the connection's end (HTTP/1.0).
+    ends_by_close: AtomicBool,
     /// The socket is to be closed by a reset.
     reset: AtomicBool,
     /// How often everything written had left for the socket.
@@ -79,6 +85,9 @@ impl Pulse {
             defect_head: AtomicU64::new(u64::MAX),
             defect: AtomicU8::new(0),
             tunnel: AtomicBool::new(false),
+            gone: AtomicBool::new(false),
+            tunnel_wakers: Mutex::default(),
+            ends_by_close: AtomicBool::new(false),
             reset: AtomicBool::new(false),
             settled: AtomicU64::new(0),
             holders: Mutex::new(Vec::new()),
@@ -169,6 +178,40 @@ impl Pulse {
 
     pub(super) fn is_tunnel(&self) -> bool {
         self.tunnel.load(Ordering::Relaxed)
+    }
+
+    /// Whether the tunnel has ended; wakes `reader` or the watching task when it does.
+    pub(super) fn tunnel_ended(&self, waker: &Waker, reader: bool) -> bool {
+        let mut wakers = self.tunnel_wakers.lock();
+        match &mut wakers[usize::from(reader)] {
+            Some(known) => known.clone_from(waker),
+            none => *none = Some(waker.clone()),
+        }
+        self.gone.load(Ordering::Relaxed)
+    }
+
+    /// Ends a tunnel: its socket was closed, or is to be.
+    pub(super) fn end_tunnel(&self) {
+        if self.is_tunnel() {
+            let wakers = {
+                let mut wakers = self.tunnel_wakers.lock();
+                self.gone.store(true, Ordering::Relaxed);
+                std::mem::take(&mut *wakers)
+            };
+            wakers.into_iter().flatten().for_each(Waker::wake);
+        }
+    }
+
+    /// The client speaks HTTP/1.0.
+    pub(super) fn ends_by_close(&self) {
+        self.ends_by_close.store(true, Ordering::Relaxed);
+    }
+
+    /// What runs is cut: where a mere close would pass for the end of an answer, by a reset.
+    pub(super) fn cut(&self) {
+        if self.busy() && self.ends_by_close.load(Ordering::Relaxed) {
+            self.end_by_reset();
+        }
     }
 
     /// The socket is to be closed by a reset: for a cut that must not look like an end, and for a

@@ -107,6 +107,9 @@ impl AsyncRead for Wire {
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let this = &mut *self;
+        if this.pulse.is_tunnel() && this.pulse.tunnel_ended(cx.waker(), true) {
+            return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
+        }
         let from = buf.filled().len();
         if this.early.is_empty() {
             ready!(Pin::new(&mut this.socket).poll_read(cx, buf))?;
@@ -176,6 +179,7 @@ impl Drop for Wire {
             // Fails only on a socket that is gone already.
             let _gone = self.socket.tcp().set_zero_linger();
         }
+        self.pulse.end_tunnel();
     }
 }
 

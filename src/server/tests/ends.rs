@@ -28,13 +28,13 @@ async fn an_idle_connection_is_closed_and_a_waiting_one_is_not() {
     waiting.send(get("/gated")).await;
     waiting.until("begun \r\n").await;
     for idle in [&mut fresh, &mut used] {
-        let (got, end) = idle.to_end().await;
+        let (got, end) = idle.rest().await;
         assert!(got.is_empty() && end.is_ok(), "{got} {end:?}");
     }
     tokio::time::sleep(SHORT).await;
     server.toy.0.gate.notify_one();
     waiting.until("ended\r\n0\r\n\r\n").await;
-    waiting.to_end().await.1.unwrap();
+    waiting.rest().await.1.unwrap();
     eventually("all are gone", || server.context.clients.open() == 0).await;
     assert_eq!(server.context.alarms.len(), 0);
 }
@@ -56,12 +56,12 @@ async fn a_dribbled_head_is_ended_by_its_clock() {
     used.ask("/say", "hello").await;
     used.send("G").await;
     for slow in [&mut fresh, &mut used] {
-        let (got, end) = slow.to_end().await;
+        let (got, end) = slow.rest().await;
         assert!(got.starts_with("HTTP/1.1 408 ") && end.is_ok(), "{got} {end:?}");
     }
     let mut preface = server.connect().await;
     preface.send("PRI * HT").await;
-    preface.to_end().await.1.unwrap();
+    preface.rest().await.1.unwrap();
     assert!(server.metrics().contains("client_clocks.head\"} 3"), "{}", server.metrics());
 }
 
@@ -88,7 +88,7 @@ async fn a_client_that_takes_nothing_is_cut_and_costs_little_memory() {
     assert!(server.metrics().contains("client_clocks.slow_reader\"} 1"), "{}", server.metrics());
     // The kernel's buffers on both sides, and hyper's.
     assert!(server.toy.0.frames.load(Ordering::SeqCst) < 1000);
-    let (_, end) = peer.to_end().await;
+    let (_, end) = peer.rest().await;
     end.unwrap_err();
 }
 
@@ -122,7 +122,7 @@ async fn frames_before_a_break_are_delivered_and_the_break_is_seen() {
     for _ in 0..20 {
         let mut peer = server.connect().await;
         peer.send(get("/breaks")).await;
-        let (got, _) = peer.to_end().await;
+        let (got, _) = peer.rest().await;
         assert!(got.contains("one ") && got.contains("four "), "{got}");
         assert!(!got.contains("0\r\n\r\n"), "{got}");
     }
@@ -130,14 +130,18 @@ async fn frames_before_a_break_are_delivered_and_the_break_is_seen() {
     peer.send(get("/breaks-later")).await;
     peer.until("one \r\n").await;
     server.toy.0.gate.notify_one();
-    let (got, _) = peer.to_end().await;
+    let (got, _) = peer.rest().await;
     assert!(got.contains("two ") && !got.contains("0\r\n\r\n"), "{got}");
 
     // Where the end of the connection is the end of the body, a break must not look like one.
     let mut old = server.connect().await;
     old.send("GET /breaks HTTP/1.0\r\n\r\n").await;
-    let (_, end) = old.to_end().await;
+    let (_, end) = old.rest().await;
     end.unwrap_err();
+
+    let mut old = server.connect().await;
+    old.send("GET /gated HTTP/1.0\r\n\r\n").await;
+    old.until("begun ").await;
 
     let (mut sender, _connection) = h2(server.connect().await.0).await;
     for _ in 0..20 {
@@ -152,6 +156,39 @@ async fn frames_before_a_break_are_delivered_and_the_break_is_seen() {
         assert_eq!(String::from_utf8_lossy(&got), "one two three four ");
         assert!(end.unwrap().is_err());
     }
+    server.drain.trigger();
+    server.drain.drained(Duration::ZERO).await;
+    old.rest().await.1.unwrap_err();
+}
+
+#[tokio::test]
+async fn a_tunnel_has_no_clocks_and_ends_with_the_drain() {
+    let server = start(clocked(|clocks| (clocks.idle, clocks.head) = (SHORT, SHORT)));
+    let mut peers = Vec::new();
+    for _ in 0..2 {
+        let mut peer = server.connect().await;
+        let upgrade = "GET /upgrade HTTP/1.1\r\nHost: toy\r\nConnection: upgrade\r\nUpgrade: echo\r\n\r\n";
+        peer.send(upgrade).await;
+        let answer = peer.until("\r\n\r\n").await;
+        assert!(answer.starts_with("HTTP/1.1 101 "), "{answer}");
+        peer.send("GET half a head").await;
+        peer.until("half a head").await;
+        peers.push(peer);
+    }
+    tokio::time::sleep(SHORT * 2).await;
+    for peer in &mut peers {
+        peer.send("still there").await;
+        peer.until("still there").await;
+    }
+    drop(peers.pop());
+    eventually("its place is free", || server.context.clients.open() == 1).await;
+    server.drain.trigger();
+    peers[0].send("draining").await;
+    peers[0].until("draining").await;
+    assert!(matches!(server.drain.drained(SHORT).await, Drained::Deadline { left: 1 }));
+    let (got, _) = peers[0].rest().await;
+    assert!(got.is_empty(), "{got}");
+    eventually("all are gone", || server.context.clients.open() == 0).await;
 }
 
 #[tokio::test]
@@ -192,7 +229,7 @@ async fn a_drain_closes_the_idle_and_lets_the_busy_finish() {
 
     server.drain.trigger();
     for idle in [&mut fresh, &mut idle] {
-        let (got, end) = idle.to_end().await;
+        let (got, end) = idle.rest().await;
         assert!(got.is_empty() && end.is_ok(), "{got} {end:?}");
     }
     server.accepting.await.unwrap().unwrap();
@@ -207,7 +244,7 @@ async fn a_drain_closes_the_idle_and_lets_the_busy_finish() {
         tokio::task::yield_now().await;
     }
     for busy in [&mut busy, &mut asking] {
-        let (got, end) = busy.to_end().await;
+        let (got, end) = busy.rest().await;
         assert!(got.ends_with("ended\r\n0\r\n\r\n") && end.is_ok(), "{got} {end:?}");
     }
     assert_eq!(streaming.frame().await.unwrap().unwrap().into_data().unwrap(), "ended");
@@ -226,7 +263,7 @@ async fn what_is_left_at_the_end_of_a_drain_is_cut_visibly() {
     server.drain.trigger();
     let drained = server.drain.drained(SHORT).await;
     assert!(matches!(drained, Drained::Deadline { left } if left >= 2), "{drained:?}");
-    let (got, _) = busy.to_end().await;
+    let (got, _) = busy.rest().await;
     assert!(!got.contains("0\r\n\r\n"), "{got}");
     assert!(streaming.frame().await.unwrap().is_err());
     eventually("all are gone", || server.context.clients.open() == 0).await;
@@ -247,7 +284,7 @@ async fn a_request_already_in_the_socket_is_answered_before_the_drain_closes_it(
     }
     server.drain.trigger();
     for peer in &mut peers {
-        let (got, end) = peer.to_end().await;
+        let (got, end) = peer.rest().await;
         assert!(got.ends_with("hello") && end.is_ok(), "{got:?} {end:?}");
     }
 }
@@ -259,7 +296,7 @@ async fn a_retired_listener_ends_alone() {
     server.listening.retired().trigger();
     server.accepting.await.unwrap().unwrap();
     server.toy.0.gate.notify_one();
-    let (got, _) = busy.to_end().await;
+    let (got, _) = busy.rest().await;
     assert!(got.ends_with("ended\r\n0\r\n\r\n"), "{got}");
     assert!(!server.context.draining.is_draining());
     assert_eq!(server.listening.retired().drained(Duration::from_secs(5)).await, Drained::Complete);

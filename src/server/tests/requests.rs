@@ -8,7 +8,7 @@ use http_body_util::BodyExt;
 use rustls_pki_types::ServerName;
 use tokio::io::AsyncWriteExt;
 
-use super::toy::{Peer, bounds, get, h2, h2_get, start, start_with};
+use super::toy::{bounds, get, h2, h2_get, start, start_with};
 use crate::config::{Limits, ListenerTls};
 use crate::server::{Bounds, check_tls};
 
@@ -142,7 +142,7 @@ async fn tls_clients_choose_their_version_by_alpn() {
 
     let mut plain = server.connect().await;
     plain.send(get("/say")).await;
-    let (got, _) = plain.to_end().await;
+    let (got, _) = plain.rest().await;
     assert!(!got.contains("hello"), "{got}");
     super::toy::eventually("the failure is counted", || server.listening.metrics.tls_failures.get() == 2)
         .await;
@@ -194,7 +194,7 @@ async fn heads_over_a_limit_get_431_and_are_counted() {
         let mut peer = server.connect().await;
         peer.ask("/say", "hello").await;
         peer.send(format!("GET /say HTTP/1.1\r\nHost: toy\r\n{fields}\r\n{}", get("/say"))).await;
-        let (got, end) = peer.to_end().await;
+        let (got, end) = peer.rest().await;
         assert!(got.starts_with("HTTP/1.1 431 "), "{got}");
         assert!(!got.contains("hello") && end.is_ok(), "{got} {end:?}");
     }
@@ -223,7 +223,7 @@ async fn a_panic_stays_in_its_exchange() {
         one.until("internal_error: evergate itself failed on this request\n").await;
     }
     one.send(get("/panics-later")).await;
-    let (got, _) = one.to_end().await;
+    let (got, _) = one.rest().await;
     assert!(got.contains("one ") && !got.contains("0\r\n\r\n"), "{got}");
     server.toy.0.gate.notify_one();
     other.until("ended\r\n0\r\n\r\n").await;
@@ -236,12 +236,4 @@ async fn a_panic_stays_in_its_exchange() {
     broken.frame().await.unwrap().unwrap_err();
     assert_eq!(sender.send_request(h2_get("/say")).await.unwrap().status(), 200);
     assert_eq!(server.context.telemetry.metrics.panics.get(), 5);
-}
-
-#[tokio::test]
-async fn a_tunnel_is_left_alone() {
-    let server = start(bounds());
-    let mut peer: Peer = server.connect().await;
-    peer.send("CONNECT toy:1 HTTP/1.1\r\nHost: toy\r\n\r\n").await;
-    peer.until("\r\n\r\n").await;
 }

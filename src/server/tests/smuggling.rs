@@ -39,7 +39,7 @@ async fn ambiguous_heads_are_refused_and_nothing_behind_them_is_read() {
         let mut peer = server.connect().await;
         peer.ask("/say", "hello").await;
         peer.send(with_stowaway(&format!("POST /echo HTTP/1.1\r\n{fields}\r\n\r\n{body}"))).await;
-        let (got, end) = peer.to_end().await;
+        let (got, end) = peer.rest().await;
         assert!(got.starts_with("HTTP/1.1 400 "), "{fields:?}: {got}");
         assert!(got.contains("connection: close"), "{fields:?}: {got}");
         assert!(!got.contains("stowaway") && end.is_ok(), "{fields:?}: {got} {end:?}");
@@ -55,12 +55,12 @@ async fn http10_has_no_transfer_encoding_and_may_have_no_host() {
     let server = start(bounds());
     let mut peer = server.connect().await;
     peer.send("POST /echo HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n").await;
-    let (got, _) = peer.to_end().await;
+    let (got, _) = peer.rest().await;
     assert!(got.starts_with("HTTP/1.1 400 ") || got.starts_with("HTTP/1.0 400 "), "{got}");
 
     let mut peer = server.connect().await;
     peer.send("GET /say HTTP/1.0\r\n\r\n").await;
-    let (got, _) = peer.to_end().await;
+    let (got, _) = peer.rest().await;
     assert!(got.starts_with("HTTP/1.0 200 ") && got.ends_with("hello"), "{got}");
 }
 
@@ -80,7 +80,7 @@ async fn broken_chunks_end_the_connection() {
         let mut peer = server.connect().await;
         let head = "POST /echo HTTP/1.1\r\nHost: toy\r\nTransfer-Encoding: chunked\r\n\r\n";
         peer.send(with_stowaway(&format!("{head}{body}"))).await;
-        let (got, _) = peer.to_end().await;
+        let (got, _) = peer.rest().await;
         assert!(!got.contains("stowaway"), "{body:?}: {got}");
     }
 }

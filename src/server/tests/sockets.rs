@@ -70,7 +70,7 @@ async fn who_waits_in_the_queue_when_the_drain_begins_is_answered() {
     }
     server.drain.trigger();
     for mut peer in queued {
-        let (got, end) = peer.to_end().await;
+        let (got, end) = peer.rest().await;
         assert!(
             got.ends_with("hello") && got.contains("connection: close") && end.is_ok(),
             "{got:?} {end:?}"

@@ -75,6 +75,19 @@ impl Answers for Toy {
                     Ok(body) => ToyBody::whole(&String::from_utf8_lossy(&body.to_bytes())),
                     Err(_broken) => ToyBody::whole("broken request"),
                 },
+                "/upgrade" => {
+                    let mut answer = Response::new(ToyBody::frames(&[]));
+                    *answer.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+                    answer.headers_mut().insert("upgrade", "echo".parse().unwrap());
+                    answer.headers_mut().insert("connection", "upgrade".parse().unwrap());
+                    tokio::spawn(async move {
+                        let upgraded = hyper::upgrade::on(request).await.unwrap();
+                        let (mut from, mut to) = tokio::io::split(hyper_util::rt::TokioIo::new(upgraded));
+                        let _end = tokio::io::copy(&mut from, &mut to).await;
+                    });
+                    unfinished.done();
+                    return answer;
+                }
                 "/hang" => std::future::pending().await,
                 "/panics" => panic!("on purpose"),
                 "/panics-later" => ToyBody::frames(&["one ", "PANIC"]),
@@ -247,7 +260,7 @@ impl Peer {
     }
 
     /// Reads until the connection ends, and how it did.
-    pub(super) async fn to_end(&mut self) -> (String, io::Result<()>) {
+    pub(super) async fn rest(&mut self) -> (String, io::Result<()>) {
         let mut got = Vec::new();
         let end = tokio::time::timeout(PATIENCE, self.0.read_to_end(&mut got)).await;
         let got = String::from_utf8_lossy(&got).into_owned();
