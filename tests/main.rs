@@ -11,6 +11,7 @@ mod failover;
 mod hygiene;
 mod limits;
 mod probe;
+mod reload;
 mod routing;
 mod sim;
 mod support;

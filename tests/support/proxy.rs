@@ -4,11 +4,9 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use evergate::app::{self, Plan, Running};
-use evergate::config::Source;
+use evergate::config::{self, Config, Source};
 use evergate::telemetry::Telemetry;
 use evergate::telemetry::metrics::End;
-
-use evergate::config::{self, Config};
 use toml::{Table, Value};
 
 /// Builds the TOML a test's evergate runs by. Ports are the kernel's choice.
@@ -135,7 +133,7 @@ impl Proxy {
     /// Starts one by a text, and follows `source` where given.
     #[track_caller]
     pub fn start_toml(toml: &str, source: Option<Source>) -> Self {
-        let config = match evergate::config::parse(toml, "test.toml", &|_| None) {
+        let config = match config::parse(toml, "test.toml", &|_| None) {
             Ok(config) => config,
             Err(errors) => panic!("{errors}\n{toml}"),
         };
