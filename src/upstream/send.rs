@@ -88,7 +88,13 @@ async fn send_h1(lane: Arc<Lane>, mut h1: H1, request: Request<OutBody>) -> Resu
     let before = (h1.traffic.written(), h1.traffic.read());
     match h1.sender.try_send_request(request).await {
         Ok(response) => {
-            let (head, incoming) = response.into_parts();
+            let (mut head, incoming) = response.into_parts();
+            // Of this connection, not of the client's.
+            head.version = Version::HTTP_11;
+            if head.headers.contains_key(header::TRANSFER_ENCODING) {
+                // RFC 9112 §6.3: the encoding wins. hyper obeys, and leaves the length for others to believe.
+                head.headers.remove(header::CONTENT_LENGTH);
+            }
             Ok(Answer { head, body: InBody::new(incoming, Leased::H1(h1), lane) })
         }
         Err(mut refused) => {
