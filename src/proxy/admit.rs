@@ -112,6 +112,9 @@ pub(super) fn outgoing_headers(head: &mut request::Parts, endpoint: Endpoint, cl
     let mut fields = std::mem::take(&mut head.headers);
     headers::strip_hop_by_hop(&mut fields);
     headers::forward(&mut fields, &head.uri, client);
+    if head.version == Version::HTTP_2 {
+        headers::join_cookies(&mut fields);
+    }
     // The body's length is set anew by whoever sends it; 100-continue was between the client and us.
     fields.remove(header::CONTENT_LENGTH);
     fields.remove(header::EXPECT);
