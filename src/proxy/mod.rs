@@ -25,6 +25,7 @@ pub use relay::{AnswerBody, BrokenAnswer};
 pub use worker::{Memory, Worker};
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::{Method, Request, Response, header, request};
@@ -160,7 +161,16 @@ impl Worker {
             prompt_bytes: 0,
             replayable: false,
         };
-        exchange::stand_by(self, &snapshot.pools[routed.pool], &wanted).await
+        if snapshot.routes.needs_model(&view(head)) {
+            // Which pool it will be only the body says: a connection to any is promise enough.
+            for pool in &snapshot.pools {
+                if exchange::stand_by(self, pool, &wanted, Duration::ZERO).await.is_ok() {
+                    return Ok(());
+                }
+            }
+        }
+        let pool = &snapshot.pools[routed.pool];
+        exchange::stand_by(self, pool, &wanted, pool.config.retry.wait_max).await
     }
 }
 
@@ -173,17 +183,19 @@ fn route<'s>(
     head: &request::Parts,
     model: Option<&str>,
 ) -> Result<Routed<'s>, Refusal> {
-    let host = head.headers.get(header::HOST).and_then(|host| host.to_str().ok());
-    let host = host.or_else(|| head.uri.authority().map(http::uri::Authority::as_str));
-    let view = Head { path: head.uri.path(), host, headers: &head.headers };
     let listed = |pool: usize, model: &str| snapshot.pools[pool].lists(model);
-    snapshot.routes.route(&view, model, &listed).map_err(|none| match none {
+    snapshot.routes.route(&view(head), model, &listed).map_err(|none| match none {
         NoRoute::UnknownModel { models } => Refusal::UnknownModel {
             model: model.unwrap_or_default().to_owned(),
             known: models::known(snapshot, models),
         },
         NoRoute::NoPool => Refusal::NoRoute,
     })
+}
+
+fn view(head: &request::Parts) -> Head<'_> {
+    let host = headers::host(&head.headers, &head.uri);
+    Head { path: head.uri.path(), host, headers: &head.headers }
 }
 
 /// The one documented edit of a client's body, by splicing: everything else stays as it was written.
