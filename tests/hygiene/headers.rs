@@ -259,3 +259,13 @@ async fn an_http2_backend_sees_its_own_authority_and_nothing_of_the_connection()
         assert!(names.contains(&there), "{names:?}");
     }
 }
+
+/// RFC 9113 §8.2.3: HTTP/2 may send a cookie in crumbs, HTTP/1.1 knows one field.
+#[tokio::test]
+async fn crumbs_of_a_cookie_are_put_together() {
+    let backend = Backend::healthy().await;
+    let proxy = Proxy::start(&ProxyBuilder::new().backend(&backend.url()));
+    let request = Request::get("/v1/files").header("cookie", "a=1").header("cookie", "b=2; c=3");
+    H2Client::connect(proxy.addr).await.send(&request).await;
+    assert_eq!(values(&backend.requests()[0], "cookie"), ["a=1; b=2; c=3"]);
+}

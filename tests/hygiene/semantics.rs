@@ -288,3 +288,101 @@ async fn a_stream_over_http2_ends_cleanly_and_a_cut_one_is_reset() {
     assert_eq!((answer.text().as_str(), answer.end), ("half", End::Cut));
     proxy.is_quiet().await;
 }
+
+/// The host in the target wins over the field (RFC 9112 §3.2.2), or a route by host could be had by either.
+#[tokio::test]
+async fn the_host_of_an_absolute_target_counts() {
+    let (open, closed) = (Backend::healthy().await, Backend::healthy().await);
+    let builder = ProxyBuilder::new()
+        .named_pool("open")
+        .backend(&open.url())
+        .named_pool("closed")
+        .backend(&closed.url())
+        .route("closed", &[("host", "closed.example".into())]);
+    let proxy = Proxy::start(&builder);
+    let request = Request::get("http://closed.example/v1/files").header("host", "open.example");
+    assert_eq!(send(proxy.addr, &request).await.status, 200);
+    assert_eq!((open.requests().len(), closed.requests().len()), (0, 1));
+    assert_eq!(closed.requests()[0].header("x-forwarded-host"), Some("closed.example"));
+    let request = Request::get("/v1/files").header("host", "closed.example");
+    let answer = H2Client::connect(proxy.addr).await.try_send(&request).await;
+    // The HTTP/2 library may refuse two hosts; where it does not, the target counts.
+    let refused = answer.is_err_and(|_| true);
+    assert!(refused || open.requests().len() == 1, "{:?}", closed.requests());
+}
+
+#[tokio::test]
+async fn expect_waits_for_a_backend_as_long_as_any_request() {
+    let backend = Backend::refusing().await;
+    let builder = ProxyBuilder::new().backend(&backend.url()).set("pool.probe.interval_unsteady", "50ms");
+    let proxy = Proxy::start(&builder.set("pool.probe.interval", "50ms").set("pool.retry.wait_max", "8s"));
+    let mut client = Client::connect(proxy.addr).await;
+    let body = chat_request(false).body;
+    let head = Request::new("POST", "/v1/chat/completions").header("content-length", &body.len().to_string());
+    client.write(&head.header("expect", "100-continue").to_bytes()).await.unwrap();
+    let exchanges = &proxy.telemetry.metrics.exchanges;
+    eventually(PATIENCE, || exchanges.in_flight() == 1).await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    backend.restart().await;
+    assert_eq!(client.read_bytes(25).await, b"HTTP/1.1 100 Continue\r\n\r\n");
+    client.write(&body).await.unwrap();
+    assert_eq!(within(PATIENCE, client.try_read_answer("POST")).await.unwrap().status, 200);
+}
+
+/// Which pool it will be only the body says.
+#[tokio::test]
+async fn expect_is_content_with_any_pool_the_model_may_name() {
+    let (dead, alive) = (Backend::refusing().await, Backend::healthy().await);
+    let names = |name: &str| toml::Value::Array(vec![name.into()]);
+    let builder = ProxyBuilder::new()
+        .named_pool("dead")
+        .backend(&dead.url())
+        .set("pool.models", names("other"))
+        .named_pool("alive")
+        .backend(&alive.url())
+        .set("pool.models", names("test-model"));
+    let proxy = Proxy::start(&builder);
+    let mut client = Client::connect(proxy.addr).await;
+    let body = chat_request(false).body;
+    let head = Request::new("POST", "/v1/chat/completions").header("content-length", &body.len().to_string());
+    client.write(&head.header("expect", "100-continue").to_bytes()).await.unwrap();
+    assert_eq!(client.read_bytes(25).await, b"HTTP/1.1 100 Continue\r\n\r\n");
+    client.write(&body).await.unwrap();
+    assert_eq!(within(PATIENCE, client.try_read_answer("POST")).await.unwrap().status, 200);
+    proxy.is_quiet().await;
+}
+
+/// The classic of proxies: the backend answers, closes, and the upload that still comes makes it a reset.
+#[tokio::test]
+async fn an_early_answer_survives_the_reset_behind_it() {
+    let head = "HTTP/1.1 413 Payload Too Large\r\ncontent-length: 2\r\nconnection: close\r\n\r\nno";
+    let backend =
+        Backend::start(Script::new().connection(vec![Step::ReadHead, Step::send(head), Step::Fin])).await;
+    let proxy = Proxy::start(&ProxyBuilder::new().backend(&backend.url()).set("pool.probe.kind", "off"));
+    for _ in 0..5 {
+        let mut client = Client::connect(proxy.addr).await;
+        let head = Request::new("POST", "/v1/files").header("content-length", "4000000");
+        client.write(&head.to_bytes()).await.unwrap();
+        let _may_be_cut = client.write(&vec![b'x'; 2_000_000]).await;
+        let answer = within(PATIENCE, client.try_read_answer("POST")).await.unwrap();
+        assert_eq!((answer.status, answer.text().as_str()), (413, "no"));
+    }
+    proxy.is_quiet().await;
+}
+
+#[tokio::test]
+async fn a_body_that_ends_with_its_connection_is_whole_when_it_ended_well() {
+    let text = "HTTP/1.0 200 OK\r\ncontent-type: text/plain\r\n\r\nuntil the end";
+    let backend = Backend::start(Script::new().answer(vec![Step::send(text), Step::Fin]).answer(vec![
+        Step::send(text),
+        Step::Delay(Duration::from_millis(30)),
+        Step::Rst,
+    ]))
+    .await;
+    let proxy = Proxy::start(&ProxyBuilder::new().backend(&backend.url()));
+    let answer = send(proxy.addr, &Request::get("/v1/files")).await;
+    assert_eq!((answer.text().as_str(), answer.end), ("until the end", End::Clean));
+    let answer = send(proxy.addr, &Request::get("/v1/files")).await;
+    assert_eq!((answer.text().as_str(), answer.end), ("until the end", End::Cut));
+    proxy.is_quiet().await;
+}

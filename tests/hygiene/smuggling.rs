@@ -1,9 +1,10 @@
 //! Requests that two readers could take for different ones: refused with 400, the connection closed, and no byte
 //! of them at a backend.
 
-use crate::support::backend::Backend;
-use crate::support::client::Client;
+use crate::support::backend::{Backend, Script};
+use crate::support::client::{Client, End, H2Client, Request};
 use crate::support::proxy::{Proxy, ProxyBuilder};
+use crate::support::reply::Step;
 use crate::support::{PATIENCE, within};
 
 const CHAT: &str = "POST /v1/chat/completions HTTP/1.1\r\n";
@@ -152,7 +153,6 @@ async fn a_good_request_before_a_bad_one_is_answered() {
 /// A value that HTTP/2 carries without complaint must not become a line of its own in HTTP/1.1.
 #[tokio::test]
 async fn http2_cannot_smuggle_framing_fields_to_an_http1_backend() {
-    use crate::support::client::{H2Client, Request};
     let backend = Backend::healthy().await;
     let proxy = Proxy::start(&ProxyBuilder::new().backend(&backend.url()));
     for (name, value) in [("transfer-encoding", "chunked"), ("connection", "keep-alive"), ("upgrade", "h2c")]
@@ -165,4 +165,50 @@ async fn http2_cannot_smuggle_framing_fields_to_an_http1_backend() {
         assert_eq!((seen.header("transfer-encoding"), seen.header("upgrade")), (None, None));
         assert_eq!(&seen.body[..], b"body");
     }
+}
+
+/// RFC 9112 §6.3: the encoding wins, and the length must not reach the client.
+#[tokio::test]
+async fn an_answer_with_a_length_and_an_encoding_is_framed_anew() {
+    for fields in [
+        "transfer-encoding: chunked\r\ncontent-length: 3\r\n",
+        "content-length: 300\r\ntransfer-encoding: chunked\r\n",
+    ] {
+        for (path, content) in [("/v1/files", "text/plain"), ("/tokenize", "application/json")] {
+            let body = "{\"count\":1,\"tokens\":[1]}";
+            let text = format!(
+                "HTTP/1.1 200 OK\r\ncontent-type: {content}\r\n{fields}\r\n{:x}\r\n{body}\r\n0\r\n\r\n",
+                body.len()
+            );
+            let backend = Backend::start(Script::new().answer(vec![Step::send(text)])).await;
+            let proxy = Proxy::start(&ProxyBuilder::new().backend(&backend.url()));
+            let mut client = Client::connect(proxy.addr).await;
+            for _ in 0..2 {
+                let answer = client.send(&Request::new("POST", path).body("{}")).await;
+                assert_eq!(
+                    (answer.status, answer.text().as_str(), answer.end),
+                    (200, body, End::Clean),
+                    "{path} {fields:?}"
+                );
+            }
+            let answer =
+                H2Client::connect(proxy.addr).await.send(&Request::new("POST", path).body("{}")).await;
+            assert_eq!(
+                (answer.status, answer.text().as_str(), answer.end),
+                (200, body, End::Clean),
+                "{path} {fields:?}"
+            );
+            proxy.is_quiet().await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_answer_whose_lengths_differ_is_none() {
+    let text = "HTTP/1.1 200 OK\r\ncontent-length: 3\r\ncontent-length: 4\r\n\r\nabcd";
+    let backend = Backend::start(Script::new().answer(vec![Step::send(text)])).await;
+    let proxy = Proxy::start(&ProxyBuilder::new().backend(&backend.url()).set("pool.retry.wait_max", "0s"));
+    let answer = crate::support::client::send(proxy.addr, &Request::get("/v1/files")).await;
+    assert_eq!(answer.status, 502, "{}", answer.text());
+    proxy.is_quiet().await;
 }

@@ -96,6 +96,11 @@ async fn a_streamed_upload_that_grows_too_large_is_refused_and_the_backend_is_no
             drop(answer);
             within(PATIENCE, uploading).await.unwrap();
         }
+        // Nor one that its client resets.
+        let (frames, answer) = h2.open(&Request::new("POST", "/v1/files"));
+        frames.send(Frame::data(Bytes::from(vec![b'x'; 10_000]))).await.unwrap();
+        let gone = tokio::time::timeout(Duration::from_millis(50), answer).await;
+        assert!(gone.is_err(), "an answer to half an upload");
         proxy.is_quiet().await;
         let metrics = proxy.telemetry.metrics.render();
         let blamed = metrics.lines().find(|line| {

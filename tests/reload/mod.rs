@@ -73,7 +73,7 @@ async fn a_listener_comes_and_goes_while_its_connections_run() {
     let builder = ProxyBuilder::new().backend(&backend.url());
     let (one, two) = (ReservedPort::new(), ReservedPort::new());
     let (first, second) = (one.addr().to_string(), two.addr().to_string());
-    let file = File::new(&listening(&builder, &[first.clone()]));
+    let file = File::new(&listening(&builder, std::slice::from_ref(&first)));
     let proxy = file.start();
     let mut idle = Client::connect(one.addr()).await;
     assert_eq!(idle.send(&Request::get("/v1/files")).await.status, 200);

@@ -35,6 +35,7 @@ fn edit(nth: usize, backends: &[Backend], rng: &mut fastrand::Rng) -> String {
     let builder = others.iter().fold(ProxyBuilder::new(), |builder, backend| {
         builder.backend_with(&backend.url(), &[("weight", 1.into())])
     });
+    let builder = builder.set("workers", 2);
     builder.set("limits.headers_max", i64::try_from(marker(nth)).unwrap()).build_toml()
 }
 
