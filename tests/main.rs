@@ -5,6 +5,8 @@
 // Tests measure real time; only the crate itself must go through its clock.
 #![allow(clippy::disallowed_methods)]
 
+mod discover;
 mod failover;
+mod probe;
 mod sim;
 mod support;

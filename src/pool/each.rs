@@ -146,3 +146,69 @@ impl Drop for Counted {
         self.0.dec();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+    use crate::config;
+    use crate::drain::Drain;
+    use crate::telemetry::Telemetry;
+
+    fn directory() -> Arc<Directory> {
+        let text = "[[pool]]\nbackends = [\"http://127.0.0.1:1\", \"http://127.0.0.1:2\"]";
+        let config = config::parse(text, "test", &|_| None).unwrap_or_else(|errors| panic!("{errors}"));
+        Arc::new(Directory::new(config, Arc::new(Telemetry::silent())).unwrap())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_task_that_panics_is_told_of_and_begun_again() {
+        let directory = directory();
+        let drain = Drain::new();
+        let begun = Arc::new(AtomicUsize::new(0));
+        let count = begun.clone();
+        let crew =
+            tokio::spawn(for_each_backend(directory.clone(), drain.watch(), "juggler", move |place| {
+                let count = count.clone();
+                async move {
+                    if place.now().is_some_and(|(_, i)| i == 1) {
+                        return;
+                    }
+                    let nth = count.fetch_add(1, Ordering::SeqCst);
+                    assert!(nth > 1, "dropped a ball");
+                    std::future::pending::<()>().await;
+                }
+            }));
+        tokio::time::sleep(RESTART_PAUSE * 5).await;
+        assert_eq!(begun.load(Ordering::SeqCst), 3, "twice it panicked, then it stayed");
+        let events = directory.telemetry().events.latest();
+        assert_eq!(events.len(), 2);
+        let text = &events[0].text;
+        assert!(
+            text.contains("juggler") && text.contains("127.0.0.1:1") && text.contains("a ball"),
+            "{text}"
+        );
+        let tasks = directory.telemetry().metrics.backend_tasks("juggler");
+        assert_eq!(tasks.get(), 1, "who returned is not begun again");
+        drain.trigger();
+        drain.drained(RESTART_PAUSE).await;
+        crew.await.unwrap();
+        assert_eq!(tasks.get(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn dropping_the_future_ends_the_tasks() {
+        let directory = directory();
+        let drain = Drain::new();
+        let crew = tokio::spawn(for_each_backend(directory.clone(), drain.watch(), "sitter", |_| {
+            std::future::pending::<()>()
+        }));
+        tokio::time::sleep(RESTART_PAUSE).await;
+        let tasks = directory.telemetry().metrics.backend_tasks("sitter");
+        assert_eq!(tasks.get(), 2);
+        crew.abort();
+        tokio::time::sleep(RESTART_PAUSE).await;
+        assert_eq!(tasks.get(), 0);
+    }
+}

@@ -146,6 +146,13 @@ impl Directory {
         for (_, member) in old.members().filter(|(_, member)| !has(new, &member.backend)) {
             member.backend.remove();
             applied.removed += 1;
+            // One of the same name at another address goes on with the series.
+            let goes_on = new.members().any(|(_, other)| {
+                (&other.backend.pool, &other.backend.name) == (&member.backend.pool, &member.backend.name)
+            });
+            if !goes_on {
+                self.telemetry.metrics.retire_backend(&member.backend.metrics);
+            }
         }
         applied.added = new.members().filter(|(_, member)| !has(old, &member.backend)).count();
         for pool in &new.pools {
@@ -290,5 +297,32 @@ impl Member {
         let mine = &self.params;
         (&mine.name, mine.secure, &mine.authority, &mine.path_prefix)
             == (&params.name, params.secure, &params.authority, &params.path_prefix)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(backends: &str) -> Config {
+        let text = format!("[[pool]]\nbackends = [{backends}]");
+        config::parse(&text, "test", &|_| None).unwrap_or_else(|errors| panic!("{errors}"))
+    }
+
+    #[test]
+    fn the_series_of_a_removed_backend_go_unless_another_has_its_name() {
+        let named =
+            |name: &str, port: u16| format!("{{ name = \"{name}\", url = \"http://127.0.0.1:{port}\" }}");
+        let telemetry = Arc::new(Telemetry::silent());
+        let first = config(&format!("{}, {}", named("a", 1), named("b", 2)));
+        let directory = Directory::new(first, telemetry.clone()).unwrap();
+        let gone = directory.snapshot();
+        let has = |name: &str| telemetry.metrics.render().contains(&format!("backend=\"{name}\""));
+        assert!(has("a") && has("b"));
+        let applied = directory.apply(config(&named("a", 3))).unwrap();
+        assert_eq!((applied.added, applied.removed), (1, 2));
+        // A late word of an attempt that still runs there.
+        gone.pools[0].members[1].backend.metrics.count_failure("closed");
+        assert!(has("a") && !has("b"));
     }
 }

@@ -144,7 +144,7 @@ impl Replica {
             fault: Mutex::default(),
             gate: Gate::default(),
             loading: AtomicBool::new(false),
-            dying: AtomicBool::new(false),
+            deaths: AtomicU64::new(0),
             counters: Counters::default(),
         });
         let replica = Self { shared, address, reserved, life: tokio::sync::Mutex::default() };
@@ -172,11 +172,10 @@ impl Replica {
     pub async fn kill(&self) {
         let mut life = self.life.lock().await;
         let Some(mut ending) = life.take() else { return };
-        self.shared.dying.store(true, Relaxed);
+        self.shared.deaths.fetch_add(1, Relaxed);
         ending.end.send_replace(true);
         // An error means the server task is gone already, which is what was asked for.
         let _ = (&mut ending.server).await;
-        self.shared.dying.store(false, Relaxed);
     }
 
     /// Starts again at the same address after a kill, thawed. Reviving the living does nothing.
@@ -240,7 +239,7 @@ impl Replica {
 impl Drop for Replica {
     fn drop(&mut self) {
         // Read by connections as they are dropped with the aborted server task.
-        self.shared.dying.store(true, Relaxed);
+        self.shared.deaths.fetch_add(1, Relaxed);
     }
 }
 
@@ -254,7 +253,8 @@ pub(super) struct Shared {
     pub(super) loading: AtomicBool,
     pub(super) slots: Option<Arc<Semaphore>>,
     pub(super) counters: Counters,
-    dying: AtomicBool,
+    /// Kills so far: what began before one and ends after it was cut by it.
+    deaths: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -281,6 +281,7 @@ pub(super) enum End {
 pub(super) struct InFlight {
     shared: Arc<Shared>,
     end: Option<End>,
+    deaths: u64,
     /// Number of the request on this replica, from 0.
     pub(super) nth: u64,
 }
@@ -289,7 +290,7 @@ impl InFlight {
     pub(super) fn begin(shared: &Arc<Shared>) -> Self {
         shared.counters.in_flight.fetch_add(1, Relaxed);
         let nth = shared.counters.requests.fetch_add(1, Relaxed);
-        Self { shared: Arc::clone(shared), end: None, nth }
+        Self { shared: Arc::clone(shared), end: None, deaths: shared.deaths.load(Relaxed), nth }
     }
 
     /// To be counted as ended this way once dropped.
@@ -304,7 +305,7 @@ impl Drop for InFlight {
         let counter = match self.end {
             Some(End::Completed) => &counters.completed,
             Some(End::Cut) => &counters.streams_cut,
-            None if self.shared.dying.load(Relaxed) => &counters.streams_cut,
+            None if self.shared.deaths.load(Relaxed) != self.deaths => &counters.streams_cut,
             None => &counters.cancelled,
         };
         counter.fetch_add(1, Relaxed);
@@ -355,7 +356,9 @@ async fn connection(shared: Arc<Shared>, stream: TcpStream) {
     // Both fail only on a connection that is gone already.
     let _ = stream.set_nodelay(true);
     let fate = Arc::new(Fate::default());
-    let mut io = Wire { stream, shared: Arc::clone(&shared), fate: Arc::clone(&fate), first: Bytes::new() };
+    let deaths = shared.deaths.load(Relaxed);
+    let mut io =
+        Wire { stream, shared: Arc::clone(&shared), deaths, fate: Arc::clone(&fate), first: Bytes::new() };
     let serving = async {
         let Ok(is_h2) = io.begins_with_h2_preface().await else { return };
         let answering = Arc::clone(&fate);
@@ -449,6 +452,8 @@ impl Gate {
 struct Wire {
     stream: TcpStream,
     shared: Arc<Shared>,
+    /// Kills before it was accepted.
+    deaths: u64,
     fate: Arc<Fate>,
     /// Read while the protocol was being found out.
     first: Bytes,
@@ -474,7 +479,7 @@ impl Wire {
 
 impl Drop for Wire {
     fn drop(&mut self) {
-        if self.shared.dying.load(Relaxed) || self.fate.reset.load(Relaxed) {
+        if self.shared.deaths.load(Relaxed) != self.deaths || self.fate.reset.load(Relaxed) {
             // Fails only on a connection that is gone already.
             let _ = SockRef::from(&self.stream).set_linger(Some(Duration::ZERO));
         }

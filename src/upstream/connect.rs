@@ -10,6 +10,7 @@ use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
+use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use crate::config::{BackendClocks, UpstreamHttp};
@@ -22,6 +23,8 @@ use crate::upstream::{H1, H2, OutBody, Task};
 const ANSWER_HEAD_BYTES_MAX: usize = 128 * 1024;
 /// Most header fields of an answer.
 const ANSWER_HEADERS_MAX: usize = 200;
+/// Head start of an address over the next one of the same name (RFC 8305 §5 recommends this much).
+const ADDRESS_HEAD_START: Duration = Duration::from_millis(250);
 /// How much of an HTTP/2 answer the backend may send ahead, per stream and per connection.
 const H2_STREAM_WINDOW: u32 = 1 << 20;
 const H2_CONNECTION_WINDOW: u32 = 4 << 20;
@@ -180,19 +183,31 @@ async fn open_unbounded(target: &Target, upgradable: bool) -> Result<Opened, Con
     handshake(target, stream, h2, upgradable).await
 }
 
-/// Tries the addresses in turn; the last failure is the answer.
+/// Tries the addresses in turn, the next one when the one before failed or has had its head start; the first
+/// connection that stands wins, the last failure is the answer. One address that swallows packets must not
+/// use up the connect clock of all others.
 async fn connect_any(target: &Target) -> Result<TcpStream, ConnectError> {
     let (addresses, first) = target.addresses.resolved().await.map_err(|e| fail(ConnectFailure::Dns, e))?;
-    let mut last = None;
-    for i in 0..addresses.len() {
-        let address: SocketAddr = addresses[(first + i) % addresses.len()];
-        match TcpStream::connect(address).await {
-            Ok(stream) => return Ok(stream),
-            Err(e) => last = Some(e),
+    if let [only] = addresses[..] {
+        return TcpStream::connect(only).await.map_err(|e| fail(ConnectFailure::of(&e), e));
+    }
+    let mut waiting = (0..addresses.len()).map(|i| addresses[(first + i) % addresses.len()]);
+    let mut tries = JoinSet::new();
+    let mut last = io::Error::from(io::ErrorKind::NotFound);
+    loop {
+        if let Some(address) = waiting.next() {
+            tries.spawn(TcpStream::connect::<SocketAddr>(address));
+        }
+        let head_start = if waiting.len() == 0 { Duration::MAX } else { ADDRESS_HEAD_START };
+        match timeout(head_start, tries.join_next()).await {
+            Ok(Some(Ok(Ok(stream)))) => return Ok(stream),
+            Ok(Some(Ok(Err(e)))) => last = e,
+            // Only a panic of the library: the other addresses may do.
+            Ok(Some(Err(_panic))) => {}
+            Ok(None) => return Err(fail(ConnectFailure::of(&last), last)),
+            Err(_elapsed) => {}
         }
     }
-    let error = last.unwrap_or_else(|| io::Error::from(io::ErrorKind::NotFound));
-    Err(fail(ConnectFailure::of(&error), error))
 }
 
 async fn handshake<T>(target: &Target, io: T, h2: bool, upgradable: bool) -> Result<Opened, ConnectError>

@@ -237,7 +237,7 @@ async fn answers_that_are_not_streamed_fail_in_their_own_ways() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_killed_replica_resets_refuses_and_comes_back_at_its_address() {
     let mut config = quick(Skin::Vllm);
-    config.tokens_per_second = 10.0;
+    config.tokens_per_second = 50.0;
     let replica = Replica::start(config).await.unwrap();
     let mut streaming = Client::connect(replica.addr()).await;
     streaming.write(&chat(true).to_bytes()).await.unwrap();

@@ -725,7 +725,15 @@ pub struct NeverAccepting {
 
 impl NeverAccepting {
     pub async fn start() -> Self {
-        let port = ReservedPort::new();
+        Self::fill(ReservedPort::new()).await
+    }
+
+    /// At an address of the test's choice.
+    pub async fn at(address: SocketAddr) -> Self {
+        Self::fill(ReservedPort::at(address)).await
+    }
+
+    async fn fill(port: ReservedPort) -> Self {
         let listener = port.listen(0);
         let mut fillers = Vec::new();
         // A backlog of n holds n + 1 connections; the kernel may round it up.

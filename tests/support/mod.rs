@@ -66,7 +66,11 @@ pub struct ReservedPort {
 
 impl ReservedPort {
     pub fn new() -> Self {
-        let socket = reusable(SocketAddr::from(([127, 0, 0, 1], 0)));
+        Self::at(SocketAddr::from(([127, 0, 0, 1], 0)))
+    }
+
+    pub fn at(address: SocketAddr) -> Self {
+        let socket = reusable(address);
         let address = socket.local_addr().unwrap().as_socket().unwrap();
         Self { _socket: socket, address }
     }

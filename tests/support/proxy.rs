@@ -8,6 +8,7 @@ use evergate::config::Source;
 use evergate::telemetry::Telemetry;
 use evergate::telemetry::metrics::End;
 
+use evergate::config::{self, Config};
 use toml::{Table, Value};
 
 /// Builds the TOML a test's evergate runs by. Ports are the kernel's choice.
@@ -99,6 +100,12 @@ impl ProxyBuilder {
         let mut top = self.top.clone();
         top.insert("pool".to_owned(), Value::Array(self.pools.iter().cloned().map(Value::Table).collect()));
         toml::to_string(&top).unwrap()
+    }
+
+    /// The configuration as the binary would read it.
+    #[track_caller]
+    pub fn build_config(&self) -> Config {
+        config::parse(&self.build_toml(), "test", &|_| None).unwrap_or_else(|errors| panic!("{errors}"))
     }
 
     fn pool(&mut self) -> &mut Table {
