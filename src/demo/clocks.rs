@@ -21,35 +21,35 @@ const SHORTER: &[Clock] = &[
         key: "interval",
         here: "1s",
         of: |pool| pool.probe.interval,
-        what: "pause between two health probes of a replica",
+        what: "between two probes of a replica",
     },
     Clock {
         table: "pool.probe",
         key: "interval_unsteady",
         here: "250ms",
         of: |pool| pool.probe.interval_unsteady,
-        what: "the same while a replica fails or comes back",
+        what: "the same, while it fails or returns",
     },
     Clock {
         table: "pool.probe",
         key: "timeout",
         here: "500ms",
         of: |pool| pool.probe.timeout,
-        what: "a probe without an answer for so long has failed",
+        what: "then a probe has failed",
     },
     Clock {
         table: "pool.clocks",
         key: "inter_token",
         here: "1s",
         of: |pool| pool.clocks.inter_token,
-        what: "silence in a stream after which its replica is doubted",
+        what: "silence that makes a stream suspect",
     },
     Clock {
         table: "pool.health",
         key: "slow_start",
         here: "3s",
         of: |pool| pool.health.slow_start,
-        what: "how long a replica that came back is spared",
+        what: "growing share of one that returned",
     },
 ];
 
@@ -118,18 +118,18 @@ fn text(listen: Option<SocketAddr>, backends: &[(&str, String)], clocks: &[Clock
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
+
+    /// What a demo says about its clocks.
+    pub(in crate::demo) fn shorter_here() -> Vec<Shorter> {
+        let backends = [("replica-a", "http://127.0.0.1:1".to_owned())];
+        shorter(&config::parse(&text(None, &backends, SHORTER), ORIGIN, &|_| None).unwrap())
+    }
 
     #[test]
     fn every_clock_said_to_be_shorter_is_shorter() {
-        let config = config::parse(
-            &text(None, &[("replica-a", "http://127.0.0.1:1".to_owned())], SHORTER),
-            ORIGIN,
-            &|_| None,
-        )
-        .unwrap();
-        let shorter = shorter(&config);
+        let shorter = shorter_here();
         assert_eq!(shorter.len(), SHORTER.len());
         for clock in &shorter {
             assert!(clock.here < clock.default, "{clock:?}");

@@ -14,7 +14,7 @@ mod tally;
 mod words;
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -137,16 +137,15 @@ async fn perform(
 ) -> io::Result<Verdict> {
     let stage = Stage::build(options.listen, screen).await?;
     let (verdict, ended) = stage.perform(options.length, pace, end).await?;
-    let mut screen = stage.screen.lock();
-    screen.finish(&words::verdict(&verdict));
+    let show = |text: &str| stage.screen.lock().text(text);
+    stage.screen.lock().finish(&words::verdict(&verdict));
     match ended {
         Ended::Played if stays => {
-            screen.text(&words::stays_up(&stage.places));
-            drop(screen);
+            show(&words::stays_up(&stage.places));
             end.notified().await;
-            stage.screen.lock().text("\n");
+            show("\n");
         }
-        Ended::Played | Ended::Interrupted => screen.text(&words::by_hand()),
+        Ended::Played | Ended::Interrupted => show(&words::by_hand()),
         Ended::Unread => {}
     }
     Ok(verdict)
@@ -177,7 +176,11 @@ impl Stage {
         let telemetry = Arc::new(Telemetry::new(&config.telemetry)?);
         let shorter = clocks::shorter(&config);
         let running = app::start(Plan { config, source: None }, telemetry.clone())?;
-        let proxy = running.addresses().first().copied().ok_or(io::ErrorKind::AddrNotAvailable)?;
+        let mut proxy = running.addresses().first().copied().ok_or(io::ErrorKind::AddrNotAvailable)?;
+        if proxy.ip().is_unspecified() {
+            // Listening everywhere; this is the way there from here.
+            proxy.set_ip(Ipv4Addr::LOCALHOST.into());
+        }
         let places = Places {
             proxy,
             admin: running.admin(),
@@ -314,5 +317,50 @@ fn replica(name: &str) -> ReplicaConfig {
         tokens_per_second: TOKENS_PER_SECOND,
         tokens: TOKENS,
         ..ReplicaConfig::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Plays a demo at this pace and gives what it said.
+    fn play(length: Length, pace: Pace, end: &Notify) -> (Verdict, String) {
+        let said = screen::Kept::default();
+        let screen = Screen::new(Surface::Lines, Box::new(said.clone()));
+        let options = Options { length, plain: true, listen: None };
+        let runtime = runtime().unwrap();
+        let verdict = runtime.block_on(perform(options, pace, false, screen, end)).unwrap();
+        (verdict, said.text())
+    }
+
+    #[test]
+    fn a_round_of_trouble_fails_no_request() {
+        let ms = Duration::from_millis;
+        let pace =
+            Pace { warm_up: ms(300), dead: ms(700), frozen: ms(2_500), back_max: ms(5_000), calm: ms(100) };
+        let (verdict, said) = play(Length::Once, pace, &Notify::new());
+        assert!(verdict.holds(), "{said}");
+        assert!(verdict.tally.answered > 5 && verdict.moved > 0, "{said}");
+        assert_eq!((verdict.troubles.kills, verdict.troubles.freezes), (1, 1));
+        for part in [
+            "kills replica-a",
+            "starts replica-a",
+            "freezes replica-b",
+            "thaws replica-b",
+            "no request failed.",
+        ] {
+            assert!(said.contains(part), "{part:?} in\n{said}");
+        }
+        assert!(!said.contains('\x1b'), "{said}");
+    }
+
+    #[test]
+    fn an_interrupted_demo_ends_at_once_with_the_verdict_so_far() {
+        let end = Notify::new();
+        end.notify_one();
+        let (verdict, said) = play(Length::Open, Pace::default(), &end);
+        assert!(verdict.interrupted && verdict.holds() && verdict.lasted < Pace::default().warm_up, "{said}");
+        assert!(said.contains("(interrupted): "), "{said}");
     }
 }

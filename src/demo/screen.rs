@@ -165,26 +165,20 @@ impl Screen {
             let _infallible = write!(frame, "\r\x1b[{}A{ERASE_BELOW}", self.drawn);
             self.drawn = 0;
         }
-        frame += text;
         let (columns, rows) = size();
-        match &self.view {
-            Some(view) if columns >= COLUMNS_MIN && rows >= ROWS_MIN => {
-                if !self.cursor_hidden {
-                    self.cursor_hidden = true;
-                    frame += HIDE_CURSOR;
-                }
-                for spans in view.lines() {
-                    // One column is left free: some terminals begin a new line when the last one is filled.
-                    frame += &render(&spans, columns - 1, self.surface.color());
-                    frame.push('\n');
-                    self.drawn += 1;
-                }
+        let view = self.view.as_ref().filter(|_| columns >= COLUMNS_MIN && rows >= ROWS_MIN);
+        if self.cursor_hidden != view.is_some() {
+            self.cursor_hidden = view.is_some();
+            frame += if self.cursor_hidden { HIDE_CURSOR } else { SHOW_CURSOR };
+        }
+        frame += text;
+        if let Some(view) = view {
+            for spans in view.lines() {
+                // One column is left free: some terminals begin a new line when the last one is filled.
+                frame += &render(&spans, columns - 1, self.surface.color());
+                frame.push('\n');
+                self.drawn += 1;
             }
-            _ if self.cursor_hidden => {
-                self.cursor_hidden = false;
-                frame += SHOW_CURSOR;
-            }
-            _ => {}
         }
         self.write(&frame);
     }
@@ -244,9 +238,11 @@ fn wrap(text: &str, columns: usize) -> Vec<&str> {
     let mut lines = Vec::new();
     let mut rest = text;
     while rest.chars().count() > columns.max(1) {
+        // A space may be the first character that no longer fits.
         let fits = rest.char_indices().nth(columns.max(1)).map_or(rest.len(), |(at, _)| at);
-        let space = rest[..fits].rfind(' ').filter(|at| *at > 0);
-        let Some(at) = space.or_else(|| rest[fits..].find(' ').map(|at| fits + at)) else { break };
+        let beyond = rest[fits..].find(' ').map(|at| fits + at);
+        let space = beyond.filter(|at| *at == fits).or_else(|| rest[..fits].rfind(' ').filter(|at| *at > 0));
+        let Some(at) = space.or(beyond) else { break };
         let (line, after) = rest.split_at(at);
         lines.push(line);
         rest = after.trim_start();
@@ -255,9 +251,128 @@ fn wrap(text: &str, columns: usize) -> Vec<&str> {
     lines
 }
 
+/// What was written, kept for a test.
+#[cfg(test)]
+#[derive(Clone, Default)]
+pub(super) struct Kept(std::sync::Arc<parking_lot::Mutex<Vec<u8>>>);
+
+#[cfg(test)]
+impl Kept {
+    pub(super) fn text(&self) -> String {
+        String::from_utf8(self.0.lock().clone()).unwrap()
+    }
+}
+
+#[cfg(test)]
+impl Write for Kept {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    use crate::demo::tally::Tally;
+    use crate::policy::Moment;
+
+    struct Gone;
+
+    impl Write for Gone {
+        fn write(&mut self, _: &[u8]) -> std::io::Result<usize> {
+            Err(std::io::ErrorKind::BrokenPipe.into())
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn view() -> View {
+        View { rows: Vec::new(), tally: Tally::default(), moved: 0, next: None, now: Moment::ZERO }
+    }
+
+    /// What a terminal shows of it: as many escapes understood as are written.
+    fn shown(text: &str) -> Vec<String> {
+        let mut lines = vec![String::new()];
+        let mut rest = text;
+        while let Some(first) = rest.chars().next() {
+            rest = &rest[first.len_utf8()..];
+            match first {
+                '\n' => lines.push(String::new()),
+                '\r' => {}
+                '\x1b' => {
+                    let end = rest.find(|c: char| c.is_ascii_alphabetic()).unwrap();
+                    let (code, kind) = (&rest[1..end], &rest[end..=end]);
+                    if kind == "A" {
+                        let up: usize = code.parse().unwrap();
+                        lines.truncate(lines.len() - up);
+                        // Everything below is erased by what follows.
+                        *lines.last_mut().unwrap() = String::new();
+                    }
+                    rest = &rest[end + 1..];
+                }
+                other => lines.last_mut().unwrap().push(other),
+            }
+        }
+        lines
+    }
+
+    #[test]
+    fn lines_scroll_above_the_view_and_nothing_of_it_is_left() {
+        let kept = Kept::default();
+        let mut screen = Screen::new(Surface::Live { color: true }, Box::new(kept.clone()));
+        screen.text("opening\n");
+        screen.view(&view());
+        let height = view().lines().len();
+        assert_eq!(shown(&kept.text()).len(), 1 + height + 1);
+        screen.line(Duration::from_millis(1_500), words::DEMO, "one");
+        screen.view(&view());
+        screen.line(Duration::from_secs(12), words::EVERGATE, "two");
+        let lines = shown(&kept.text());
+        assert_eq!(lines.len(), 3 + height + 1);
+        assert_eq!(lines[..3], ["opening", "   1.5 s  demo      one", "  12.0 s  evergate  two"]);
+        screen.finish("verdict\n");
+        assert_eq!(shown(&kept.text())[3..], ["verdict", ""]);
+    }
+
+    #[test]
+    fn the_cursor_comes_back_however_it_ends() {
+        for finished in [true, false] {
+            let kept = Kept::default();
+            let mut screen = Screen::new(Surface::Live { color: false }, Box::new(kept.clone()));
+            screen.view(&view());
+            assert!(kept.text().contains(HIDE_CURSOR) && !kept.text().contains(SHOW_CURSOR));
+            if finished {
+                screen.finish("");
+            }
+            drop(screen);
+            assert_eq!(kept.text().matches(SHOW_CURSOR).count(), 1);
+        }
+    }
+
+    #[test]
+    fn lines_for_a_file_hold_no_escapes_and_are_not_broken() {
+        let kept = Kept::default();
+        let mut screen = Screen::new(Surface::Lines, Box::new(kept.clone()));
+        screen.line(Duration::ZERO, words::CLIENTS, &"word ".repeat(100));
+        assert_eq!(kept.text().lines().count(), 1);
+        assert!(!kept.text().contains('\x1b'));
+    }
+
+    #[test]
+    fn a_reader_that_left_is_noticed() {
+        let mut screen = Screen::new(Surface::Lines, Box::new(Gone));
+        assert!(!screen.is_unread());
+        screen.text("anybody?");
+        assert!(screen.is_unread());
+    }
 
     #[test]
     fn lines_are_broken_at_spaces_and_lose_nothing() {

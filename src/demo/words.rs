@@ -41,37 +41,40 @@ pub(super) struct Places {
 
 /// The first lines: what runs, how to try it, what is not as usual, what will happen.
 pub(super) fn opening(places: &Places, shorter: &[Shorter]) -> String {
+    let replicas = match places.replicas.len() {
+        3 => "three".to_owned(),
+        n => n.to_string(),
+    };
     let mut text = format!(
-        "evergate demo: {} simulated replicas, evergate in front of them, {CLIENT_COUNT} clients asking.\n\n",
-        places.replicas.len()
+        "evergate demo: {replicas} simulated replicas, evergate in front, {CLIENT_COUNT} clients asking.\n\n"
     );
     let mut place = |name: &str, address: SocketAddr, what: &str| {
         let _infallible =
             writeln!(text, "{}", format!("  {name:<10} http://{address:<17} {what}").trim_end());
     };
-    place(EVERGATE, places.proxy, "where clients connect: an OpenAI-compatible API");
+    place(EVERGATE, places.proxy, "clients connect here (OpenAI-compatible)");
     place("admin", places.admin, "for operators: /status and /metrics");
     for (name, address) in &places.replicas {
-        place(name, *address, "simulated: no model, no GPU, the pace and words of one");
+        place(name, *address, "simulated: speaks like vLLM, needs no GPU");
     }
     let _infallible = write!(
         text,
         "\nAsk it yourself while it runs, from another terminal:\n\n  {}\n\n\
-         evergate runs as it always does, but with shorter clocks, so that you need not wait for it:\n\n",
+         evergate runs with its defaults, but for clocks that would keep you waiting:\n\n",
         curl(places.proxy)
     );
     for clock in shorter {
         let _infallible = writeln!(
             text,
-            "  {:<24} {:>6} (default {:>4})  {}",
+            "  {:<23} {:>6}, not {:>4}: {}",
             clock.key,
             seconds(clock.here),
             seconds(clock.default),
             clock.what
         );
     }
-    text += "\nNow replicas are killed, frozen and brought back. Every answer is compared with what the model\n\
-             says, word for word.\n\n";
+    text += "\nNow replicas are killed, frozen and brought back. Every answer is compared\n\
+             with what the model says, word for word.\n\n";
     text
 }
 
@@ -128,7 +131,7 @@ pub(super) fn seen(name: &str, was: &str, tally: &Tally, moved: u64) -> String {
         1 => "1 request moved to another replica, unseen".to_owned(),
         n => format!("{n} requests moved to another replica, unseen"),
     };
-    format!("while {name} was {was} and until it was back: {}; {moved}", counts(tally))
+    format!("while {name} was {was}, and until all was well again: {}; {moved}", counts(tally))
 }
 
 fn counts(tally: &Tally) -> String {
@@ -159,19 +162,31 @@ pub(super) fn event(event: &EventRecord) -> Option<String> {
     let who = event.backend.as_deref().unwrap_or("the pool");
     let text = event.text.as_str();
     let said = match (event.event, event.name) {
-        ("probe_changed", Some("fail")) => {
-            let saw = text.split_once(": ").map_or(text, |(_, saw)| saw);
-            format!("a health probe failed: {saw}")
+        ("probe_changed", Some("fail")) => format!("a health probe fails: {}", probe_saw(text)),
+        ("backend_transition", Some("probes_failed")) => {
+            format!("{text}; it gets no requests, and those that wait there move on")
         }
-        ("backend_transition", Some("probes_failed" | "ejected" | "trial_failed")) => {
-            format!("{text}. It gets no requests; those that waited there move on")
+        ("backend_transition", Some("ejected")) => {
+            // Which ejection in a row it is matters from the second on.
+            format!("{}; no requests go there", text.replace(" (time 1 in a row)", ""))
         }
-        ("backend_transition", Some("readmitted")) => format!("{text}: a share that grows to the full one"),
+        ("backend_transition", Some("trial_failed")) => format!("{text}; no requests go there"),
+        ("backend_transition", Some("readmitted")) => format!("{text}: its share of the requests grows"),
         ("backend_transition", _) => text.to_owned(),
         _ if event.severity != Severity::Info => text.to_owned(),
         _ => return None,
     };
     Some(format!("{who}: {said}"))
+}
+
+/// What a failed probe saw, without what only a log needs:
+/// `probe now fail: connection_refused: Connection refused (os error 111)` → `Connection refused`.
+fn probe_saw(text: &str) -> &str {
+    let saw = text.split_once(": ").map_or(text, |(_, saw)| saw);
+    match saw.rsplit_once(" (os error") {
+        Some((error, _)) => error.rsplit(": ").next().unwrap_or(error),
+        None => saw,
+    }
 }
 
 /// One replica in the view.
@@ -232,12 +247,12 @@ impl View {
             Span(if bad == 0 { Tone::Good } else { Tone::Bad }, format!("{bad} failed")),
             plain(match cut {
                 0 => String::new(),
-                n => format!(", {n} {} in the middle", streams_cut(*n)),
+                n => format!(", {n} {}", streams_cut(*n)),
             }),
             plain(format!("; slowest {}", tenths(*slowest))),
         ]);
         lines.push(vec![plain(format!(
-            "  {EVERGATE:<10} {} moved to another replica before the client saw anything",
+            "  {EVERGATE:<10} {} moved to another replica, unseen by the client",
             requests(self.moved)
         ))]);
         let next = match &self.next {
@@ -297,10 +312,7 @@ pub(super) fn verdict(verdict: &Verdict) -> String {
     row(tally.asked, "questions asked");
     row(
         tally.answered,
-        &format!(
-            "answered in full, every word as the model says it; the slowest took {}",
-            tenths(tally.slowest)
-        ),
+        &format!("answered in full, word for word; the slowest took {}", tenths(tally.slowest)),
     );
     row(*moved, "times a request moved to another replica, unseen by its client");
     row(tally.failed, "failed");
@@ -312,9 +324,9 @@ pub(super) fn verdict(verdict: &Verdict) -> String {
         let _infallible = writeln!(text, "          {told}");
     }
     if tally.cut > 0 {
-        text += "\nThose streams had already said something to their clients when their replica died or froze, so\n\
-                 they could not be asked again unseen. Continuing them on another replica is not built yet: until\n\
-                 then a client gets a clear error, never a silent end.\n";
+        text += "\nThose streams had already said something when their replica died or froze, so\n\
+                 they could not be started again unseen. Continuing them on another replica is\n\
+                 not built yet: until then a client gets a clear error, never a silent end.\n";
     }
     text
 }
@@ -352,4 +364,147 @@ fn seconds(time: Duration) -> String {
 
 fn tenths(time: Duration) -> String {
     format!("{:.1} s", time.as_secs_f64())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn places() -> Places {
+        let at = |port| SocketAddr::from(([127, 0, 0, 1], port));
+        Places { proxy: at(1), admin: at(2), replicas: vec![("replica-a".to_owned(), at(3))] }
+    }
+
+    fn record(event: &'static str, name: &'static str, text: &str) -> EventRecord {
+        EventRecord {
+            number: 1,
+            time: std::time::UNIX_EPOCH,
+            severity: Severity::Info,
+            event,
+            pool: Some("demo".to_owned()),
+            backend: Some("replica-a".to_owned()),
+            model: None,
+            name: Some(name),
+            text: text.to_owned(),
+        }
+    }
+
+    fn tally(cut: u64, failed: u64) -> Tally {
+        let slowest = Duration::from_millis(1_260);
+        Tally { asked: 10 + cut + failed, answered: 10, cut, failed, slowest, ..Tally::default() }
+    }
+
+    fn verdict_of(tally: Tally) -> Verdict {
+        Verdict {
+            lasted: Duration::from_secs(18),
+            tally,
+            moved: 4,
+            troubles: crate::demo::tally::Troubles { kills: 1, freezes: 2 },
+            interrupted: false,
+        }
+    }
+
+    #[test]
+    fn the_opening_says_what_listens_where_how_to_ask_and_which_clocks_differ() {
+        let clock = Shorter {
+            key: "probe.interval".to_owned(),
+            here: Duration::from_millis(250),
+            default: Duration::from_secs(5),
+            what: "a pause",
+        };
+        let text = opening(&places(), &[clock]);
+        for part in [
+            "  evergate   http://127.0.0.1:1 ",
+            "  admin      http://127.0.0.1:2 ",
+            "  replica-a  http://127.0.0.1:3 ",
+            "curl -N http://127.0.0.1:1/v1/chat/completions",
+            "probe.interval          0.25 s, not  5 s: a pause",
+        ] {
+            assert!(text.contains(part), "{part:?} in\n{text}");
+        }
+    }
+
+    #[test]
+    fn the_curl_line_asks_for_a_model_that_is_served() {
+        let line = curl(places().proxy);
+        let body = line.split_once("-d '").unwrap().1.strip_suffix('\'').unwrap();
+        let body: serde_json::Value = serde_json::from_str(body).unwrap();
+        assert!(crate::demo::replica("any").answer_to_chat(&body).is_some());
+    }
+
+    #[test]
+    fn events_are_told_in_plain_words_or_not_at_all() {
+        let said = |kind, name, text: &str| event(&record(kind, name, text));
+        let refused = "probe now fail: connection_refused: Connection refused (os error 111)";
+        assert_eq!(
+            said("probe_changed", "fail", refused).unwrap(),
+            "replica-a: a health probe fails: Connection refused"
+        );
+        let silent = "probe now fail: no answer within 500ms";
+        assert_eq!(
+            said("probe_changed", "fail", silent).unwrap(),
+            "replica-a: a health probe fails: no answer within 500ms"
+        );
+        assert_eq!(
+            said("backend_transition", "ejected", "ejected for 1.0s (time 1 in a row): 3 faults").unwrap(),
+            "replica-a: ejected for 1.0s: 3 faults; no requests go there"
+        );
+        assert_eq!(said("probe_changed", "pass", "probe now pass: 200"), None);
+        assert_eq!(said("models_changed", "", "lists demo"), None);
+    }
+
+    #[test]
+    fn the_verdict_names_cut_streams_apart_from_failures() {
+        let text = verdict(&verdict_of(tally(2, 0)));
+        assert!(text.contains("after 18.0 s, 1 kill and 2 freezes: no request failed."), "{text}");
+        assert!(text.contains("       2  streams cut in the middle"), "{text}");
+        assert!(text.contains("not built yet"), "{text}");
+        let text = verdict(&verdict_of(tally(0, 0)));
+        assert!(!text.contains("not built yet"), "{text}");
+        let text = verdict(&verdict_of(Tally { told: vec!["failed: status 502".to_owned()], ..tally(0, 1) }));
+        assert!(text.contains("REQUESTS FAILED") && text.contains("failed: status 502"), "{text}");
+    }
+
+    #[test]
+    fn what_is_told_at_length_fits_eighty_columns() {
+        let clocks = crate::demo::clocks::tests::shorter_here();
+        let texts = [opening(&places(), &clocks), verdict(&verdict_of(tally(1000, 10))), stays_up(&places())];
+        for line in texts.iter().flat_map(|text| text.lines()).filter(|line| !line.contains("curl")) {
+            assert!(line.chars().count() < 80, "{} columns: {line}", line.chars().count());
+        }
+    }
+
+    #[test]
+    fn a_view_fits_eighty_columns() {
+        let now = Moment::ZERO + Duration::from_secs(60);
+        let row = |state| Row {
+            name: "replica-a".to_owned(),
+            condition: Condition::Frozen,
+            judged: judged(state, Some(Standing::Eligible { share: 0.25 }), now),
+            under_way: 1000,
+            answers: 1_000_000,
+        };
+        let until = now + Duration::from_millis(600);
+        let states = [
+            Operational::Unknown,
+            Operational::Healthy,
+            Operational::SlowStart,
+            Operational::Unhealthy,
+            Operational::Refusing,
+            Operational::Ejected { until },
+            Operational::AwaitsProbe,
+            Operational::Probation,
+        ];
+        let view = View {
+            rows: states.map(row).into(),
+            tally: tally(120, 3),
+            moved: 12_345,
+            next: Some((next_start("replica-a"), until)),
+            now,
+        };
+        for line in view.lines() {
+            let text: String = line.into_iter().map(|Span(_, text)| text).collect();
+            assert!(text.chars().count() < 80, "{} columns: {text}", text.len());
+        }
+    }
 }
