@@ -14,7 +14,7 @@ mod tally;
 mod words;
 
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -177,9 +177,11 @@ impl Stage {
         let shorter = clocks::shorter(&config);
         let running = app::start(Plan { config, source: None }, telemetry.clone())?;
         let mut proxy = running.addresses().first().copied().ok_or(io::ErrorKind::AddrNotAvailable)?;
-        if proxy.ip().is_unspecified() {
-            // Listening everywhere; this is the way there from here.
-            proxy.set_ip(Ipv4Addr::LOCALHOST.into());
+        // Where it listens everywhere, this is the way there from here.
+        match proxy.ip() {
+            IpAddr::V4(ip) if ip.is_unspecified() => proxy.set_ip(Ipv4Addr::LOCALHOST.into()),
+            IpAddr::V6(ip) if ip.is_unspecified() => proxy.set_ip(Ipv6Addr::LOCALHOST.into()),
+            IpAddr::V4(_) | IpAddr::V6(_) => {}
         }
         let places = Places {
             proxy,
@@ -226,7 +228,7 @@ impl Stage {
             tally: self.books.lock().total.clone(),
             moved: tally::moved(&self.telemetry.metrics.render()),
             troubles: play.troubles(),
-            interrupted: ended == Ended::Interrupted,
+            interrupted: ended != Ended::Played,
         };
         Ok((verdict, ended))
     }
@@ -279,31 +281,30 @@ impl Stage {
     }
 
     fn view(&self) -> words::View {
+        let (now, snapshot) = (clock::now(), self.running.directory().snapshot());
+        let books = self.books.lock();
         let mut rows = Vec::new();
-        let pool = self.running.directory().look().pools.first().cloned();
-        for (i, replica) in self.replicas.iter().enumerate() {
-            let Some(member) = pool.as_ref().and_then(|pool| pool.members.get(i)) else { continue };
+        // One pool, whose members are in the order of the replicas.
+        for ((pool, member), (replica, condition)) in
+            snapshot.members().zip(self.replicas.iter().zip(books.conditions))
+        {
             let backend = &member.backend;
-            let now = clock::now();
-            let (state, standing) = (
-                backend.whole().read(|health| health.operational()),
-                pool.as_ref().map(|pool| backend.whole().standing(&pool.config.health, now)),
-            );
+            let state = backend.whole().read(|health| health.operational());
+            let standing = backend.whole().standing(&pool.config.health, now);
             rows.push(words::Row {
                 name: member.params.name.clone(),
-                condition: self.books.lock().conditions[i],
+                condition,
                 judged: words::judged(state, standing, now),
                 under_way: backend.in_flight(),
                 answers: replica.stats().completed,
             });
         }
-        let books = self.books.lock();
         words::View {
             rows,
             tally: books.total.clone(),
             moved: tally::moved(&self.telemetry.metrics.render()),
             next: books.next.clone(),
-            now: clock::now(),
+            now,
         }
     }
 }

@@ -269,12 +269,12 @@ impl View {
 }
 
 /// What evergate thinks of a replica.
-pub(super) fn judged(state: Operational, standing: Option<Standing>, now: Moment) -> (Tone, String) {
+pub(super) fn judged(state: Operational, standing: Standing, now: Moment) -> (Tone, String) {
     match state {
         Operational::Healthy => (Tone::Good, "healthy".to_owned()),
         Operational::SlowStart => {
             let share = match standing {
-                Some(Standing::Eligible { share }) => share,
+                Standing::Eligible { share } => share,
                 _ => 0.0,
             };
             (Tone::Good, format!("back: {:.0} % of its share", share * 100.0))
@@ -480,7 +480,7 @@ mod tests {
         let row = |state| Row {
             name: "replica-a".to_owned(),
             condition: Condition::Frozen,
-            judged: judged(state, Some(Standing::Eligible { share: 0.25 }), now),
+            judged: judged(state, Standing::Eligible { share: 0.25 }, now),
             under_way: 1000,
             answers: 1_000_000,
         };
