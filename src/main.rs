@@ -1,3 +1,8 @@
 //! The `evergate` binary: everything is in the library.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    // The one place where `demo::run` comes in.
+    evergate::cli::main_with(evergate::app::run, |_demo| ExitCode::FAILURE)
+}

@@ -3,10 +3,10 @@
 use std::net::SocketAddr;
 use std::path::Path;
 
-use super::Config;
 use super::error::{ConfigError, ConfigErrors};
 use super::file::Document;
 use super::validate;
+use super::{AccessLogTarget, Config};
 
 /// What errors about flags say instead of a file.
 pub(super) const COMMAND_LINE: &str = "command line";
@@ -54,11 +54,32 @@ pub fn from_flags(
     let urls: Vec<String> = backends.iter().map(|url| super::effective::quoted(url)).collect();
     text.push_str(&format!("[[pool]]\nbackends = [{}]\n", urls.join(", ")));
     // `quoted` keeps `${…}` literal: the shell has had its turn already.
-    parse(&text, COMMAND_LINE, &|_| None).map_err(|errors| {
-        let as_flags =
-            errors.iter().map(|error| ConfigError { line: None, key: flag(&error.key), ..error.clone() });
-        ConfigErrors::new(as_flags.collect()).unwrap_or_else(|| errors.clone())
-    })
+    parse(&text, COMMAND_LINE, &|_| None).map_err(|errors| as_flags(&errors))
+}
+
+/// Reads `run --access-log … --log …` as the file's keys would be read.
+pub fn telemetry_flags(
+    access_log: Option<&str>,
+    log: Option<&str>,
+) -> Result<(Option<AccessLogTarget>, Option<String>), ConfigErrors> {
+    let key = |key: &str, value: Option<&str>| {
+        value.map(|value| format!("{key} = {}\n", super::effective::quoted(value))).unwrap_or_default()
+    };
+    // A pool, for there is no configuration without one.
+    let text = format!(
+        "[telemetry]\n{}{}[[pool]]\nbackends = [\"http://127.0.0.1:1\"]\n",
+        key("access_log", access_log),
+        key("log_level", log)
+    );
+    let telemetry = parse(&text, COMMAND_LINE, &|_| None).map_err(|errors| as_flags(&errors))?.telemetry;
+    Ok((access_log.map(|_| telemetry.access_log), log.map(|_| telemetry.log_level)))
+}
+
+/// The same mistakes, said of flags instead of keys.
+fn as_flags(errors: &ConfigErrors) -> ConfigErrors {
+    let as_flags =
+        errors.iter().map(|error| ConfigError { line: None, key: flag(&error.key), ..error.clone() });
+    ConfigErrors::new(as_flags.collect()).unwrap_or_else(|| errors.clone())
 }
 
 /// The flag a key path stands for.
@@ -67,6 +88,8 @@ fn flag(key: &str) -> String {
         "workers" => "--workers".to_owned(),
         "admin.address" => "--admin".to_owned(),
         "listener[0].address" => "--listen".to_owned(),
+        "telemetry.access_log" => "--access-log".to_owned(),
+        "telemetry.log_level" => "--log".to_owned(),
         _ => match key.strip_prefix("pool[0].backends") {
             Some(rest) => format!("--backend{rest}"),
             None => key.to_owned(),

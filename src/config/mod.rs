@@ -23,7 +23,7 @@ mod validate;
 pub use diff::{Change, Effect, diff};
 pub use error::{ConfigError, ConfigErrors};
 pub use keys::known_keys;
-pub use load::{from_flags, load, parse};
+pub use load::{from_flags, load, parse, telemetry_flags};
 pub use source::{Overrides, Source};
 
 use std::net::SocketAddr;
@@ -39,6 +39,11 @@ use crate::policy::balance::BalancePolicy;
 use crate::policy::health::HealthPolicy;
 use crate::policy::retry::RetryPolicy;
 use crate::policy::route::Route;
+
+/// Reads a duration as the file writes it: `"30s"`, `"1m30s"`. For flags.
+pub fn parse_duration(text: &str) -> Option<Duration> {
+    units::duration(text)
+}
 
 /// Everything one running evergate needs to know. Swapped whole on reload.
 #[derive(Clone, Debug, PartialEq)]

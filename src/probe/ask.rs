@@ -148,3 +148,18 @@ fn describe(error: &SendError) -> String {
         SendFailure::Upload => format!("the request could not be sent: {source}"),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::*;
+
+    #[test]
+    fn what_this_machine_lacks_is_not_held_against_a_backend() {
+        let error = |failure| ConnectError { failure, source: io::Error::from_raw_os_error(24) };
+        assert!(matches!(NoAnswer::from(error(ConnectFailure::Local)), NoAnswer::Local(_)));
+        assert!(matches!(NoAnswer::from(error(ConnectFailure::Refused)), NoAnswer::Theirs(_)));
+        assert!(matches!(NoAnswer::from(error(ConnectFailure::Dns)), NoAnswer::Theirs(_)));
+    }
+}

@@ -73,6 +73,8 @@ struct Known {
     in_force: Option<u64>,
     /// Of the content refused last.
     refused: Option<u64>,
+    /// Of wrong content that came by itself and has had its second chance.
+    suspect: Option<u64>,
     /// Content of the files that the configuration in force names.
     files: FileHashes,
 }
@@ -124,32 +126,35 @@ impl Reloader {
         Ok(self.install(known, reading, trigger).await)
     }
 
-    /// Looks whether the file is another one than in force or refused, and only then reloads.
+    /// Looks whether the file is another one than in force or refused, and only then reloads. Dropping the
+    /// future leaves the file for the next look, or lets what has begun to apply run to its end.
     async fn check(self: &Arc<Self>, trigger: Trigger) -> Option<Arc<Report>> {
         let source = self.source.as_ref()?;
-        let mut known = Arc::clone(&self.known).lock_owned().await;
-        let mut reading = Reading::of(source).await;
-        if known.refused == Some(reading.fingerprint) {
-            return None;
+        let mut waited = false;
+        loop {
+            let mut known = Arc::clone(&self.known).lock_owned().await;
+            let reading = Reading::of(source).await;
+            let fingerprint = Some(reading.fingerprint);
+            if known.refused == fingerprint {
+                return None;
+            }
+            if reading.outcome.is_err() && !waited && known.suspect != fingerprint {
+                known.suspect = fingerprint;
+                waited = true;
+                // Whoever asks meanwhile is not kept waiting.
+                drop(known);
+                tokio::time::sleep(SETTLE_PAUSE).await;
+                continue;
+            }
+            if known.refused.is_none() && self.is_in_force(&known, &reading) {
+                known.in_force = fingerprint;
+                return None;
+            }
+            return Some(self.install(known, reading, trigger).await);
         }
-        if reading.is_missing() {
-            reading = self.read(source).await;
-        }
-        if reading.outcome.is_err() {
-            tokio::time::sleep(SETTLE_PAUSE).await;
-            reading = Reading::of(source).await;
-        }
-        if known.refused == Some(reading.fingerprint) {
-            return None;
-        }
-        let standing_refusal = known.refused.is_some();
-        if !standing_refusal && self.is_in_force(&known, &reading) {
-            known.in_force = Some(reading.fingerprint);
-            return None;
-        }
-        Some(self.install(known, reading, trigger).await)
     }
 
+    /// A file that is not there is looked for again, for a moment.
     async fn read(&self, source: &Source) -> Reading {
         let mut reading = Reading::of(source).await;
         for _ in 0..VANISH_RETRIES {
@@ -197,7 +202,8 @@ impl Reloader {
     fn decide(&self, known: &mut Known, reading: Reading, trigger: Trigger) -> Report {
         match self.apply(known, &reading, trigger) {
             Ok(report) => {
-                *known = Known { in_force: Some(reading.fingerprint), refused: None, files: reading.files };
+                let in_force = Some(reading.fingerprint);
+                *known = Known { in_force, files: reading.files, ..Known::default() };
                 report
             }
             Err(errors) => {

@@ -275,12 +275,32 @@ async fn a_file_written_in_place_is_followed_and_its_halves_are_no_error() {
     let watch = bench.watched(BY_EVENTS);
     first_look(&bench).await;
     fs::write(&bench.file, "").unwrap();
-    // Only a look that found something wrong holds on: it gives the file a second chance.
-    eventually(|| bench.reloader.known.try_lock().is_err()).await;
+    second_chance(&bench).await;
     fs::write(&bench.file, toml(2)).unwrap();
     bench.until_backends(2).await;
     let refused = bench.pools.telemetry().metrics.config_reload_failures.get();
     assert_eq!(refused, 0);
+    watch.abort();
+}
+
+/// A wrong file was seen, and is looked at again after a pause.
+async fn second_chance(bench: &Bench) {
+    eventually(|| bench.reloader.known.try_lock().is_ok_and(|known| known.suspect.is_some())).await;
+}
+
+#[tokio::test]
+async fn whoever_asks_while_a_wrong_file_has_its_second_chance_is_answered_at_once() {
+    let bench = Bench::plain();
+    let watch = bench.watched(BY_LOOKING);
+    first_look(&bench).await;
+    bench.rename_over("nonsense");
+    second_chance(&bench).await;
+    let report = bench.ask().await;
+    assert!(report.is_refused());
+    // It is told once: the look that waited has nothing to add.
+    bench.rename_over(&toml(2));
+    bench.until_backends(2).await;
+    assert_eq!(bench.pools.telemetry().metrics.config_reload_failures.get(), 1);
     watch.abort();
 }
 

@@ -13,10 +13,10 @@ use notify::{Event, EventKind, RecommendedWatcher, RecursiveMode, Watcher};
 use parking_lot::RwLock;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Notify;
-use tokio::time::{MissedTickBehavior, interval, timeout};
+use tokio::time::{Interval, MissedTickBehavior, interval, timeout};
 
 use super::places::Places;
-use super::{Reloader, Trigger};
+use super::{NoFile, Reloader, Trigger};
 use crate::drain::Draining;
 
 /// Quiet for so long after an event, a file counts as written.
@@ -69,21 +69,30 @@ async fn follow(reloader: &Arc<Reloader>, mut hangup: Option<Signal>, means: Mea
             watching.arm(Places::of(path));
         }
         tokio::select! {
-            () = next(&mut hangup) => match reloader.reload(Trigger::Signal).await {
-                Ok(_report) => {}
-                Err(_no_file) => tracing::warn!("SIGHUP: there is no configuration file to read again"),
-            },
-            () = watching.event() => {
-                let settled = async { while timeout(DEBOUNCE, watching.event()).await.is_ok() {} };
-                // Either way it is time to look.
-                let _still_written = timeout(DEBOUNCE_MAX, settled).await;
-                reloader.check(Trigger::FileEvent).await;
+            () = next(&mut hangup) => {
+                if reloader.reload(Trigger::Signal).await == Err(NoFile) {
+                    tracing::warn!("SIGHUP: there is no configuration file to read again");
+                }
+                // The look it cut short.
+                watching.ring();
             }
-            _ = ticks.tick() => {
-                reloader.check(Trigger::FileCheck).await;
-            }
+            () = look(reloader, &watching, &mut ticks) => {}
         }
     }
+}
+
+/// Waits for a reason to look at the file, and for the file to be written, and looks.
+async fn look(reloader: &Arc<Reloader>, watching: &Watching, ticks: &mut Interval) {
+    let trigger = tokio::select! {
+        () = watching.event() => {
+            let settled = async { while timeout(DEBOUNCE, watching.event()).await.is_ok() {} };
+            // Either way it is time to look.
+            let _still_written = timeout(DEBOUNCE_MAX, settled).await;
+            Trigger::FileEvent
+        }
+        _ = ticks.tick() => Trigger::FileCheck,
+    };
+    reloader.check(trigger).await;
 }
 
 /// The next of these signals; never, when there are none to come.
@@ -106,6 +115,10 @@ struct Watching {
 }
 
 impl Watching {
+    fn ring(&self) {
+        self.rang.notify_one();
+    }
+
     /// An event concerned us. Many in a row ring once.
     async fn event(&self) {
         self.rang.notified().await;
@@ -131,7 +144,7 @@ impl Watching {
         };
         if !first_time {
             // What happened between the two watchers rang neither.
-            self.rang.notify_one();
+            self.ring();
         }
     }
 
