@@ -6,19 +6,23 @@
 //! deadline → control → access log.
 
 mod listeners;
+mod operator;
 mod workers;
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
+use crate::admin::AdminState;
 use crate::app::listeners::{Following, Listeners};
+use crate::app::operator::Operator;
 use crate::app::workers::{Parts, Workers};
 
+use crate::clock;
 use crate::config::{Config, Source};
 use crate::discover;
 use crate::drain::{Drain, Drained, Phase};
@@ -27,7 +31,7 @@ use crate::probe;
 use crate::proxy::Memory;
 use crate::reload::{self, Reloader};
 use crate::server::{Bounds, Clients};
-use crate::telemetry::events::{DrainFinished, DrainStarted, ListenerStarted};
+use crate::telemetry::events::{DrainFinished, DrainStarted};
 use crate::telemetry::{self, Telemetry};
 use crate::upstream::Resolver;
 
@@ -43,7 +47,9 @@ pub struct Plan {
 pub struct Running {
     directory: Arc<Directory>,
     listeners: Arc<Listeners>,
+    /// Until the control thread serves it.
     admin: SocketAddr,
+    operator: Arc<Operator>,
     workers: Arc<Workers>,
     drain: Drain,
     control: Option<JoinHandle<()>>,
@@ -60,10 +66,7 @@ pub fn start(plan: Plan, telemetry: Arc<Telemetry>) -> io::Result<Running> {
     let metrics = &telemetry.metrics;
     metrics.config_generation.set(1);
     metrics.memory_max_bytes.set(i64::try_from(config.limits.memory_max).unwrap_or(i64::MAX));
-    let admin = std::net::TcpListener::bind(config.admin.address).map_err(|error| {
-        io::Error::new(error.kind(), format!("cannot listen on {}: {error}", config.admin.address))
-    })?;
-    admin.set_nonblocking(true)?;
+    let admin = Operator::bind(config.admin.address)?;
     let admin_address = admin.local_addr()?;
 
     let drain = Drain::new();
@@ -81,12 +84,22 @@ pub fn start(plan: Plan, telemetry: Arc<Telemetry>) -> io::Result<Running> {
     let workers = Arc::new(Workers::start(n, &parts)?);
     let listeners = Arc::new(Listeners::new(workers.clone(), clients, telemetry.clone()));
     let started = listeners.open(&first_listeners);
-    let follower = Box::new(Following(listeners.clone()));
-    let reloader = Arc::new(Reloader::new(source, directory.clone(), follower));
+    let operator = Arc::new(Operator::new(telemetry.clone()));
+    let follower = Following { listeners: listeners.clone(), operator: operator.clone() };
+    let reloader = Arc::new(Reloader::new(source, directory.clone(), Box::new(follower)));
+    let shown = listeners.clone();
+    operator.shows(AdminState {
+        directory: directory.clone(),
+        reloader: reloader.clone(),
+        draining: drain.watch(),
+        listeners: Box::new(move || shown.status()),
+        started: clock::now(),
+    });
     let mut running = Running {
         directory: directory.clone(),
         listeners,
         admin: admin_address,
+        operator: operator.clone(),
         workers,
         drain: drain.clone(),
         control: None,
@@ -94,10 +107,9 @@ pub fn start(plan: Plan, telemetry: Arc<Telemetry>) -> io::Result<Running> {
     };
     // From here on dropping `running` ends what was started.
     started?;
-    ListenerStarted { address: admin_address, tls: false, role: "admin" }.emit(&telemetry);
     let log = telemetry.access_log.clone();
     running.log = Some(std::thread::Builder::new().name("access-log".to_owned()).spawn(move || log.run())?);
-    let control = Control { directory, reloader, admin, drain, memory };
+    let control = Control { directory, reloader, operator, admin, drain, memory };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     running.control = Some(
         std::thread::Builder::new()
@@ -111,7 +123,8 @@ pub fn start(plan: Plan, telemetry: Arc<Telemetry>) -> io::Result<Running> {
 struct Control {
     directory: Arc<Directory>,
     reloader: Arc<Reloader>,
-    admin: std::net::TcpListener,
+    operator: Arc<Operator>,
+    admin: TcpListener,
     drain: Drain,
     memory: Memory,
 }
@@ -130,7 +143,7 @@ impl Control {
             }
         });
         tokio::spawn(gauge_memory(self.directory.clone(), self.memory.clone()));
-        drop(self.admin);
+        self.operator.serve(self.admin);
         draining().done().await;
     }
 }
@@ -153,7 +166,7 @@ impl Running {
 
     /// Where the operator connects.
     pub fn admin(&self) -> SocketAddr {
-        self.admin
+        self.operator.address().unwrap_or(self.admin)
     }
 
     /// The configuration in force and its backends.
@@ -238,11 +251,15 @@ impl Running {
 struct Signals {
     terminate: Signal,
     interrupt: Signal,
+    /// Means a reload, which `reload` listens for by itself; until it does, it must not kill.
+    _hangup: Signal,
 }
 
 impl Signals {
     fn new() -> io::Result<Self> {
-        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+        let [terminate, interrupt, hangup] =
+            [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()].map(signal);
+        Ok(Self { terminate: terminate?, interrupt: interrupt?, _hangup: hangup? })
     }
 
     async fn next(&mut self) -> &'static str {

@@ -138,7 +138,7 @@ impl Change {
     /// What it takes for this change to apply.
     pub fn effect(&self) -> Effect {
         match self {
-            Self::Workers { .. } => Effect::Restart,
+            Self::Workers { .. } | Self::TelemetryChanged => Effect::Restart,
             Self::ListenerAdded { .. }
             | Self::ListenerRemoved { .. }
             | Self::ListenerChanged { .. }
@@ -155,7 +155,6 @@ impl Change {
             | Self::RoutesChanged { .. }
             | Self::LimitsChanged
             | Self::ClientClocksChanged
-            | Self::TelemetryChanged
             | Self::FileContent { .. } => Effect::Live,
         }
     }
@@ -188,7 +187,7 @@ impl fmt::Display for Change {
             Self::RoutesChanged { from, to } => write!(f, "routes changed ({from} -> {to})"),
             Self::LimitsChanged => f.write_str("limits changed"),
             Self::ClientClocksChanged => f.write_str("client clocks changed"),
-            Self::TelemetryChanged => f.write_str("telemetry changed"),
+            Self::TelemetryChanged => f.write_str("telemetry changed (needs a restart)"),
             Self::FileContent { key, path } => write!(f, "new content of {key} ({})", path.display()),
         }
     }

@@ -45,6 +45,8 @@ pub(super) struct Exchange {
     switch: Option<OnUpgrade>,
     history: History,
     tried: SmallVec<[BackendId; 4]>,
+    /// Times that all backends had been tried.
+    rounds: u32,
     /// The next attempt needs a new connection.
     fresh: bool,
     /// The latest answer that was not good enough.
@@ -78,6 +80,7 @@ impl Exchange {
             policy,
             switch,
             tried: SmallVec::new(),
+            rounds: 0,
             fresh: false,
             last: None,
             blamed: None,
@@ -115,7 +118,8 @@ impl Exchange {
             let nobody = match self.pick() {
                 Ok(choice) => return Ok(choice),
                 Err(Nobody::AllTried) => {
-                    self.back_off().await;
+                    let Some(until) = self.may_wait(Nobody::AllTried) else { return Err(Refusal::Down) };
+                    self.back_off(until).await;
                     self.tried.clear();
                     continue;
                 }
@@ -158,10 +162,11 @@ impl Exchange {
         }
     }
 
-    async fn back_off(&self) {
-        let n = self.history.attempts();
-        let pause = self.worker.with_rng(|rng| backoff(&self.policy, n, rng));
-        tokio::time::sleep(pause).await;
+    /// Everybody was tried: a pause before the next round, within the time for waiting.
+    async fn back_off(&mut self, until: Moment) {
+        self.rounds += 1;
+        let pause = self.worker.with_rng(|rng| backoff(&self.policy, self.rounds, rng));
+        tokio::time::sleep(pause.min(until.since(clock::now()))).await;
     }
 
     /// How long a backend may be waited for; `None` when it is enough or would be for nothing.
@@ -321,6 +326,7 @@ impl Exchange {
         }
         let refusal = match reason {
             Reason::Client => self.body.fault(),
+            _ if outcome.facts.phase == Phase::Connect => Refusal::Down,
             _ => Refusal::Failed { cause: outcome.facts.cause, enough: reason.name() },
         };
         self.nobody(&refusal)

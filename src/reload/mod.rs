@@ -219,9 +219,10 @@ impl Reloader {
         let (waiting, mut changes): (Vec<Change>, Vec<Change>) = config::diff(&old.config, &config)
             .into_iter()
             .partition(|change| change.effect() == Effect::Restart);
-        // The running value stays in the configuration in force: the difference goes on to be told until
+        // The running values stay in the configuration in force: the difference goes on to be told until
         // the restart, and nothing is built for workers that do not run.
         config.workers = old.config.workers;
+        config.telemetry = old.config.telemetry.clone();
         changes.extend(reading.changed_files(&known.files));
         let needs_restart: Vec<String> = waiting.iter().map(ToString::to_string).collect();
         let telemetry = self.directory.telemetry();

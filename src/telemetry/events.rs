@@ -511,9 +511,10 @@ impl ReloadRefused<'_> {
         metrics.config_reload_failures.inc();
         metrics.config_errors.set(i64::try_from(self.errors).unwrap_or(i64::MAX));
         let (errors, report) = (self.errors, self.report);
+        let s = if errors == 1 { "" } else { "s" };
         Notice::new(Severity::Error, "reload_refused").tell(
             telemetry,
-            &format_args!("configuration refused, the last good one stays ({errors} errors): {report}"),
+            &format_args!("configuration refused, the last good one stays ({errors} error{s}): {report}"),
         );
     }
 }

@@ -135,7 +135,7 @@ impl Proxy {
     /// Starts one by a text, and follows `source` where given.
     #[track_caller]
     pub fn start_toml(toml: &str, source: Option<Source>) -> Self {
-        let config = match evergate::config::parse(toml, "test.toml", &|_| None) {
+        let config = match config::parse(toml, "test.toml", &|_| None) {
             Ok(config) => config,
             Err(errors) => panic!("{errors}\n{toml}"),
         };

@@ -18,11 +18,15 @@ pub use classify::{Cause, Facts, Phase, Verdict, verdict};
 
 use std::time::Duration;
 
+/// Attempts that sent nothing, beyond one for each backend. Time bounds them (`wait_max`); this is for a
+/// chance that makes every pause short.
+const UNSENT_REPEATS_MAX: usize = 32;
+
 /// Parameters of retrying.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RetryPolicy {
     /// Most attempts of one exchange that reached a backend, the first included. Default 3, 1..=10.
-    /// Attempts of which nothing was sent are bounded by the size of the pool instead.
+    /// Attempts of which nothing was sent are bounded by `wait_max` instead.
     pub attempts_max: u8,
     /// Share of requests that may be retries, over ten seconds. Default 0.2 (GEP-3388).
     pub budget_ratio: f64,
@@ -190,7 +194,7 @@ pub fn decide(
         Verdict::Neutral | Verdict::Fault | Verdict::Busy | Verdict::Misconfigured => {}
     }
     if !facts.sent {
-        let bound = history.members.saturating_add(usize::from(policy.attempts_max));
+        let bound = history.members.saturating_add(UNSENT_REPEATS_MAX);
         return if usize::from(history.unsent) + 1 < bound {
             Next::Failover
         } else {
