@@ -36,7 +36,7 @@ use crate::upstream::Want;
 /// Between two looks for a backend that takes connections again, where nobody has noticed that it does.
 const STAND_BY_LOOK: Duration = Duration::from_millis(250);
 
-/// An exchange from its routing to its answer.
+/// An exchange from its routing to its answer. Boxed from the start: it is moved often, and is large.
 pub(super) struct Exchange {
     worker: Arc<Worker>,
     asked: Asked,
@@ -72,9 +72,9 @@ impl Exchange {
         pool: Arc<Pool>,
         policy: RetryPolicy,
         switch: Option<OnUpgrade>,
-    ) -> Self {
+    ) -> Box<Self> {
         pool.state.deposit();
-        Self {
+        Box::new(Self {
             worker: ledger.worker().clone(),
             history: History::new(pool.members.len()),
             asked,
@@ -90,12 +90,12 @@ impl Exchange {
             blamed: None,
             alarm: None,
             wait_until: None,
-        }
+        })
     }
 
     /// Runs it to its answer.
     // the attempt loop
-    pub(super) async fn run(mut self) -> Response<AnswerBody> {
+    pub(super) async fn run(mut self: Box<Self>) -> Response<AnswerBody> {
         loop {
             let choice = match self.choose().await {
                 Ok(choice) => choice,
@@ -317,7 +317,13 @@ impl Exchange {
         self.alarm = Some(watch.into_alarm());
     }
 
-    fn give_up(self, choice: Choice, outcome: Outcome, watch: Watch, reason: Reason) -> Response<AnswerBody> {
+    fn give_up(
+        self: Box<Self>,
+        choice: Choice,
+        outcome: Outcome,
+        watch: Watch,
+        reason: Reason,
+    ) -> Response<AnswerBody> {
         if outcome.answer.is_some() {
             return self.relay(choice, outcome, watch);
         }
@@ -330,7 +336,7 @@ impl Exchange {
     }
 
     /// No further attempt: the latest answer if there was one, else an error of our own.
-    fn nobody(mut self, refusal: &Refusal) -> Response<AnswerBody> {
+    fn nobody(mut self: Box<Self>, refusal: &Refusal) -> Response<AnswerBody> {
         match self.last.take() {
             Some(Answer::Whole { head, body, trailers, held }) => {
                 self.whole(head, |ledger| AnswerBody::held(body, trailers, ledger, held))
@@ -341,7 +347,7 @@ impl Exchange {
     }
 
     /// The commit point: from here on the client sees it.
-    fn relay(mut self, choice: Choice, outcome: Outcome, watch: Watch) -> Response<AnswerBody> {
+    fn relay(mut self: Box<Self>, choice: Choice, outcome: Outcome, watch: Watch) -> Response<AnswerBody> {
         let taught = retry::verdict(&outcome.facts) != Verdict::Success;
         let cause = outcome.facts.cause;
         match outcome.answer {
@@ -376,7 +382,7 @@ impl Exchange {
     }
 
     fn serve(
-        mut self,
+        mut self: Box<Self>,
         mut head: response::Parts,
         choice: Choice,
         watch: Watch,
@@ -391,7 +397,7 @@ impl Exchange {
     }
 
     fn whole(
-        mut self,
+        mut self: Box<Self>,
         mut head: response::Parts,
         body: impl FnOnce(Ledger) -> AnswerBody,
     ) -> Response<AnswerBody> {
@@ -415,7 +421,7 @@ impl Exchange {
     }
 
     /// An error that stood where a stream should have begun becomes a real status.
-    fn refused(mut self, status: StatusCode, body: bytes::Bytes) -> Response<AnswerBody> {
+    fn refused(mut self: Box<Self>, status: StatusCode, body: bytes::Bytes) -> Response<AnswerBody> {
         self.ledger.answered(status);
         self.ledger.ended(End::Complete);
         let mut response = Response::new(());
