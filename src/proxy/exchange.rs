@@ -53,6 +53,8 @@ pub(super) struct Exchange {
     rounds: u32,
     /// The next attempt needs a new connection.
     fresh: bool,
+    /// How the latest attempt failed.
+    failed: Option<Facts>,
     /// The latest answer that was not good enough.
     last: Option<Answer>,
     /// A fault that may turn out to be the request's own.
@@ -86,6 +88,7 @@ impl Exchange {
             tried: SmallVec::new(),
             rounds: 0,
             fresh: false,
+            failed: None,
             last: None,
             blamed: None,
             alarm: None,
@@ -122,7 +125,7 @@ impl Exchange {
             let nobody = match self.pick() {
                 Ok(choice) => return Ok(choice),
                 Err(Nobody::AllTried) => {
-                    let Some(until) = self.may_wait(Nobody::AllTried) else { return Err(Refusal::Down) };
+                    let Some(until) = self.may_wait(Nobody::AllTried) else { return Err(self.all_failed()) };
                     self.back_off(until).await;
                     self.tried.clear();
                     continue;
@@ -140,6 +143,15 @@ impl Exchange {
                     self.follow_reload();
                 }
             }
+        }
+    }
+
+    /// Everybody was tried and there is no time for another round.
+    fn all_failed(&self) -> Refusal {
+        match self.failed {
+            Some(Facts { sent: true, cause, .. }) => Refusal::Failed { cause, enough: "all_tried" },
+            // Nobody has even seen the request.
+            Some(_) | None => Refusal::Down,
         }
     }
 
@@ -305,6 +317,7 @@ impl Exchange {
     /// On to the next attempt.
     fn set_aside(&mut self, choice: &Choice, outcome: Outcome, watch: Watch, next: Next) {
         self.history.add(&outcome.facts);
+        self.failed = Some(outcome.facts);
         self.pool.state.metrics.count_retry(outcome.facts.cause.name());
         self.fresh = next == Next::Again;
         if next == Next::Failover {
