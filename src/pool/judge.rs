@@ -39,6 +39,10 @@ impl Choice {
         };
         let model = self.model_of(record);
         self.pool.observe(self.index, record, model.as_deref(), observation, rng);
+        // Whatever model it serves, the address works; a failure is only the model's until the address fails.
+        if model.is_some() && matches!(observation, Observation::Success | Observation::FirstToken) {
+            self.pool.observe(self.index, self.backend().whole(), None, observation, rng);
+        }
     }
 
     /// Whether the backend serves others, so that a failure may be the request's own.
