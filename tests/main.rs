@@ -7,10 +7,15 @@
 
 mod balance;
 mod discover;
+mod drain;
 mod failover;
 mod health;
+mod hygiene;
+mod limits;
 mod probe;
 mod relay;
+mod reload;
 mod retry;
+mod routing;
 mod sim;
 mod support;

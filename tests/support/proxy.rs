@@ -4,11 +4,9 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use evergate::app::{self, Plan, Running};
-use evergate::config::Source;
+use evergate::config::{self, Config, Source};
 use evergate::telemetry::Telemetry;
 use evergate::telemetry::metrics::End;
-
-use evergate::config::{self, Config};
 use toml::{Table, Value};
 
 /// Builds the TOML a test's evergate runs by. Ports are the kernel's choice.
