@@ -21,6 +21,10 @@ use crate::server::{self, Answers, Clients, Context, Listening};
 const COMMANDS_MAX: usize = 64;
 /// Between two looks for kept connections that have grown too old.
 const REAP_INTERVAL: Duration = Duration::from_secs(1);
+/// For the connections that are cut at the end, to end in their own way. They need no more than a turn each.
+const CUT_MAX: Duration = Duration::from_millis(500);
+/// Between two looks whether they have.
+const CUT_LOOK: Duration = Duration::from_millis(1);
 
 /// The handler of one worker thread.
 pub(super) struct Handler(Arc<Worker>);
@@ -121,16 +125,24 @@ async fn work(worker: Arc<Worker>, context: Arc<Context<Handler>>, mut commands:
     let draining = context.draining.clone();
     loop {
         tokio::select! {
-            () = draining.done() => return,
+            () = draining.done() => break,
             command = commands.recv() => match command {
                 Some(Listen { socket, listening }) => {
                     tokio::spawn(accept(socket, listening, context.clone()));
                 }
                 // Nobody can bring another socket; what runs goes on until the drain is done.
-                None => return draining.done().await,
+                None => break draining.done().await,
             },
         }
     }
+    // Where a mere close would pass for the end of an answer, its connection resets. One that does
+    // not end is dropped with the runtime.
+    let cut = async {
+        while context.clients.open() > 0 {
+            tokio::time::sleep(CUT_LOOK).await;
+        }
+    };
+    let _ = tokio::time::timeout(CUT_MAX, cut).await;
 }
 
 async fn accept(socket: TcpListener, listening: Arc<Listening>, context: Arc<Context<Handler>>) {

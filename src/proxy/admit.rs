@@ -1,5 +1,7 @@
 //! Reading a request's head: what is asked, in whose words, and whether it may be asked at all.
 
+use std::fmt::Write;
+
 use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderValue, Method, Version, header, request};
 
@@ -21,7 +23,7 @@ pub(super) struct Asked {
     /// Its words.
     pub(super) dialect: Dialect,
     pub(super) method: Method,
-    /// As sent.
+    /// As sent, but for a renamed model.
     pub(super) path: PathAndQuery,
     /// As a backend is to see them, but for what differs by backend and attempt.
     pub(super) headers: HeaderMap,
@@ -110,6 +112,9 @@ pub(super) fn outgoing_headers(head: &mut request::Parts, endpoint: Endpoint, cl
     let mut fields = std::mem::take(&mut head.headers);
     headers::strip_hop_by_hop(&mut fields);
     headers::forward(&mut fields, &head.uri, client);
+    if head.version == Version::HTTP_2 {
+        headers::join_cookies(&mut fields);
+    }
     // The body's length is set anew by whoever sends it; 100-continue was between the client and us.
     fields.remove(header::CONTENT_LENGTH);
     fields.remove(header::EXPECT);
@@ -133,4 +138,35 @@ pub(super) fn nature(head: &request::Parts, endpoint: Endpoint) -> Nature {
 /// Where the request goes, as sent: absolute form loses its authority.
 pub(super) fn target(head: &request::Parts) -> PathAndQuery {
     head.uri.path_and_query().cloned().unwrap_or(PathAndQuery::from_static("/"))
+}
+
+/// `target` with the backends' name of the model where the path has the client's (KServe).
+pub(super) fn renamed_target(target: &PathAndQuery, model: &str, name: &str) -> Option<PathAndQuery> {
+    let (before, after) = target.as_str().split_once(&format!("/models/{model}"))?;
+    let mut renamed = format!("{before}/models/");
+    for &byte in name.as_bytes() {
+        match byte {
+            b'-' | b'.' | b'_' | b'~' => renamed.push(char::from(byte)),
+            _ if byte.is_ascii_alphanumeric() => renamed.push(char::from(byte)),
+            // Writing to a string cannot fail.
+            _ => drop(write!(renamed, "%{byte:02X}")),
+        }
+    }
+    (renamed + after).parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_model_is_renamed_where_its_path_names_it() {
+        let renamed = |target: &'static str, model: &str, name: &str| {
+            renamed_target(&PathAndQuery::from_static(target), model, name).map(|target| target.to_string())
+        };
+        let some = |target: &str| Some(target.to_owned());
+        assert_eq!(renamed("/v2/models/a/infer?a=a", "a", "b"), some("/v2/models/b/infer?a=a"));
+        assert_eq!(renamed("/v1/models/a:predict", "a", "org/b c"), some("/v1/models/org%2Fb%20c:predict"));
+        assert_eq!(renamed("/v1/embeddings", "a", "b"), None);
+    }
 }

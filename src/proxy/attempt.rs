@@ -10,13 +10,12 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, StatusCode, Uri, header, request, response};
-use http_body::Frame;
 use hyper::upgrade::OnUpgrade;
 
 use crate::clock;
 use crate::policy::Moment;
 use crate::policy::dialect::{
-    BadAnswer, ErrorClass, check_answer, classify_error_answer, is_model_not_found,
+    BadAnswer, ErrorClass, check_answer, classify_error_answer, grpc_class, is_model_not_found,
 };
 use crate::policy::retry::{Cause, Facts, Phase};
 use crate::pool::Choice;
@@ -36,6 +35,8 @@ const ERROR_BODY_BYTES_MAX: usize = 64 * 1024;
 const GATE_BYTES_MAX: usize = 1024 * 1024;
 /// How long a plain answer's head waits for its first body byte: event sources may begin with silence.
 const PLAIN_HEAD_HELD: Duration = Duration::from_secs(1);
+
+const GRPC_STATUS: &str = "grpc-status";
 
 /// What came of an attempt.
 pub(super) struct Outcome {
@@ -157,6 +158,7 @@ impl Attempt<'_> {
             took: now.since(started),
             own_credentials: self.choice.member().params.own_credentials,
             retry_after: seen.retry_after,
+            serves_others: cause != Cause::Answered && self.choice.serves(),
         };
         let first_byte = seen.head_at.map(|at| at.since(started));
         Outcome { facts, answer, first_byte, started }
@@ -438,6 +440,9 @@ impl Attempt<'_> {
     ) -> Result<End, Cause> {
         seen.phase = Phase::Body;
         let empty = body.is_end_stream() && self.asked.method != http::Method::HEAD;
+        if empty && head.headers.contains_key(GRPC_STATUS) {
+            return Ok(grpc_status_alone(head, None));
+        }
         if empty && self.asked.endpoint.must_have_body() && head.status == StatusCode::OK {
             return Err(Cause::EmptyBody);
         }
@@ -448,7 +453,7 @@ impl Attempt<'_> {
                 Ok(Some(Ok(frame))) => match frame.into_data() {
                     Ok(chunk) => ahead.push_back(chunk),
                     // Trailers and nothing else: an answer without a body.
-                    Err(frame) => return Ok((Cause::Answered, Some(trailers_only(head, frame)))),
+                    Err(frame) => return Ok(grpc_status_alone(head, frame.into_trailers().ok())),
                 },
                 Ok(Some(Err(error))) => return Err(cut(&error)),
                 Ok(None) | Err(Cause::Silence) => {}
@@ -491,9 +496,16 @@ enum Collected {
     Longer { ahead: VecDeque<Bytes>, body: InBody },
 }
 
-fn trailers_only(head: response::Parts, frame: Frame<Bytes>) -> Answer {
-    let trailers = frame.into_trailers().ok();
-    Answer::Whole { head, body: Bytes::new(), trailers, held: Held::default() }
+/// An answer without a body, as gRPC says what went wrong: in its trailers, or in its head alone (F38).
+fn grpc_status_alone(head: response::Parts, trailers: Option<HeaderMap>) -> End {
+    let cause = grpc_cause(trailers.as_ref().unwrap_or(&head.headers)).unwrap_or(Cause::Answered);
+    (cause, Some(Answer::Whole { head, body: Bytes::new(), trailers, held: Held::default() }))
+}
+
+/// What a gRPC status says, where there is one and it is not OK.
+pub(super) fn grpc_cause(fields: &HeaderMap) -> Option<Cause> {
+    let status = fields.get(GRPC_STATUS)?.to_str().ok()?.parse().ok()?;
+    grpc_class(status).map(Cause::ErrorInside)
 }
 
 /// An error where an answer was due. The client's own becomes a real answer with its status.

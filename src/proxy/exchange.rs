@@ -5,6 +5,7 @@
 //! attempt under way and closes its connection.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use http::{HeaderValue, Response, StatusCode, header, response};
 use hyper::upgrade::OnUpgrade;
@@ -23,7 +24,7 @@ use crate::proxy::headers::X_REQUEST_ID;
 use crate::proxy::ledger::{Entry, Ledger};
 use crate::proxy::relay::{AnswerBody, Serving};
 use crate::proxy::replay_body::ReplayBody;
-use crate::proxy::respond::{Refusal, refuse};
+use crate::proxy::respond::{Refusal, refuse, whole_seconds};
 use crate::proxy::sse_relay::{EventRelay, Silence};
 use crate::proxy::tunnel;
 use crate::proxy::watch::Watch;
@@ -31,6 +32,9 @@ use crate::proxy::worker::Worker;
 use crate::telemetry::events::MisconfiguredBackend;
 use crate::telemetry::metrics::{AttemptOutcome, End};
 use crate::upstream::Want;
+
+/// Between two looks for a backend that takes connections again, where nobody has noticed that it does.
+const STAND_BY_LOOK: Duration = Duration::from_millis(250);
 
 /// An exchange from its routing to its answer.
 pub(super) struct Exchange {
@@ -125,8 +129,7 @@ impl Exchange {
                 }
                 Err(nobody) => nobody,
             };
-            let refusal = self.refusal(nobody);
-            let Some(until) = self.may_wait(nobody) else { return Err(refusal) };
+            let Some(until) = self.may_wait(nobody) else { return Err(refusal(nobody)) };
             match &room {
                 // One more look from inside the room: a change between look and entry would be missed.
                 None => room = Some(state.waiting()),
@@ -182,19 +185,13 @@ impl Exchange {
         }
     }
 
-    fn refusal(&self, nobody: Nobody) -> Refusal {
-        match nobody {
-            Nobody::Busy { until } => Refusal::Busy(until.map(|until| until.since(clock::now()))),
-            Nobody::Down | Nobody::AllTried => Refusal::Down,
-        }
-    }
-
     async fn attempt(&mut self, choice: &Choice) -> (Outcome, Watch) {
         let replayable = self.is_replayable();
         let want = match () {
             () if self.asked.upgrade.is_some() => Want::Upgradable,
+            () if self.fresh => Want::Fresh,
             // A kept connection may be closing: what was sent on it may or may not have been executed.
-            () if self.fresh || !replayable => Want::Fresh,
+            () if !replayable => Want::Sure,
             () => Want::Any,
         };
         let alarm = self.alarm.take().unwrap_or_else(|| self.worker.alarms.alarm());
@@ -400,8 +397,21 @@ impl Exchange {
     ) -> Response<AnswerBody> {
         self.ledger.answered(head.status);
         self.ledger.ended(End::Complete);
+        self.say_when_to_return(&mut head);
         head.headers.insert(X_REQUEST_ID, self.ledger.id.clone());
         Response::from_parts(head, body(self.ledger))
+    }
+
+    /// A backend's `Retry-After` is about itself; the client may come back as soon as any of the pool takes it.
+    fn say_when_to_return(&self, head: &mut response::Parts) {
+        if !matches!(head.status.as_u16(), 429 | 503 | 529) {
+            return;
+        }
+        let model = self.pool.judged_model(self.asked.model.as_deref());
+        if let Some(until) = self.pool.busy_until(model) {
+            head.headers.insert(header::RETRY_AFTER, whole_seconds(until.since(clock::now())));
+            head.headers.remove("retry-after-ms");
+        }
     }
 
     /// An error that stood where a stream should have begun becomes a real status.
@@ -418,25 +428,63 @@ impl Exchange {
 }
 
 /// Makes sure that a connection to some backend of `pool` stands: `100 Continue` promises that the body
-/// has somewhere to go.
+/// has somewhere to go. Waits `wait` for one, as an exchange would.
 ///
 /// # Errors
 /// When none can be made.
-pub(super) async fn stand_by(worker: &Worker, pool: &Arc<Pool>, asked: &Wanted<'_>) -> Result<(), Refusal> {
+pub(super) async fn stand_by(
+    worker: &Worker,
+    pool: &Arc<Pool>,
+    asked: &Wanted<'_>,
+    wait: Duration,
+) -> Result<(), Refusal> {
+    let until = clock::now() + wait;
+    let mut room = None;
     let mut tried: SmallVec<[BackendId; 4]> = SmallVec::new();
     loop {
         let wanted = Wanted { tried: &tried, ..*asked };
-        let choice = worker.with_rng(|rng| pool.pick(&wanted, rng)).map_err(|_| Refusal::Down)?;
-        let member = choice.member();
-        match member.backend.lane(worker.index).lease(&member.target, Want::Any).await {
-            Ok(lease) => {
-                lease.give_back();
-                return Ok(());
-            }
-            Err(_refused) => {
-                worker.with_rng(|rng| choice.observe(About::Backend, Observation::Fault, rng));
+        let nobody = match worker.with_rng(|rng| pool.pick(&wanted, rng)) {
+            Ok(choice) if connects(worker, &choice).await => return Ok(()),
+            Ok(choice) => {
                 tried.push(choice.backend().id);
+                continue;
+            }
+            Err(nobody) => nobody,
+        };
+        let left = until.since(clock::now());
+        if left.is_zero() {
+            return Err(refusal(nobody));
+        }
+        match &room {
+            // One more look from inside the room: a change between look and entry would be missed.
+            None => room = Some(pool.state.waiting()),
+            Some(room) => {
+                // Either way the next look tells.
+                let _ = tokio::time::timeout(left.min(STAND_BY_LOOK), room.changed()).await;
+                tried.clear();
             }
         }
+    }
+}
+
+/// Whether a connection stands, or can be made.
+async fn connects(worker: &Worker, choice: &Choice) -> bool {
+    let member = choice.member();
+    match member.backend.lane(worker.index).lease(&member.target, Want::Any).await {
+        Ok(lease) => {
+            lease.give_back();
+            true
+        }
+        Err(_refused) => {
+            worker.with_rng(|rng| choice.observe(About::Backend, Observation::Fault, rng));
+            false
+        }
+    }
+}
+
+fn refusal(nobody: Nobody) -> Refusal {
+    match nobody {
+        Nobody::Busy { until } => Refusal::Busy(until.map(|until| until.since(clock::now()))),
+        Nobody::Down | Nobody::AllTried => Refusal::Down,
     }
 }

@@ -91,12 +91,33 @@ pub(super) fn upgrade(head: &request::Parts) -> Option<HeaderValue> {
         .cloned()
 }
 
+/// Whom the request is for, with its port: a host in the target wins over the field (RFC 9112 §3.2.2, RFC 9113 §8.3.1).
+pub(super) fn host<'h>(headers: &'h HeaderMap, uri: &'h Uri) -> Option<&'h str> {
+    let field = || headers.get(header::HOST)?.to_str().ok();
+    match uri.authority() {
+        Some(authority) => authority.as_str().rsplit('@').next(),
+        None => field(),
+    }
+}
+
+/// HTTP/2 may send a cookie in crumbs; whoever speaks HTTP/1.1 is to see one field (RFC 9113 §8.2.3).
+pub(super) fn join_cookies(headers: &mut HeaderMap) {
+    let mut crumbs = headers.get_all(header::COOKIE).iter().map(HeaderValue::as_bytes);
+    let (Some(first), Some(second)) = (crumbs.next(), crumbs.next()) else { return };
+    let mut cookie = [first, second].join(&b"; "[..]);
+    for crumb in crumbs {
+        cookie.extend_from_slice(b"; ");
+        cookie.extend_from_slice(crumb);
+    }
+    if let Ok(cookie) = HeaderValue::from_bytes(&cookie) {
+        headers.insert(header::COOKIE, cookie);
+    }
+}
+
 /// Tells the backend who asks. What an untrusted peer claims is replaced, what a trusted one says is extended.
 pub(super) fn forward(headers: &mut HeaderMap, uri: &Uri, client: &Client) {
-    let host = headers.remove(header::HOST).or_else(|| {
-        // HTTP/2 names the host in the request target.
-        uri.authority().and_then(|authority| HeaderValue::from_str(authority.as_str()).ok())
-    });
+    let host = host(headers, uri).and_then(|host| HeaderValue::from_str(host).ok());
+    headers.remove(header::HOST);
     let peer = client.peer.ip();
     let proto = if client.tls { "https" } else { "http" };
     if client.trusted {

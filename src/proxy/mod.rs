@@ -25,6 +25,7 @@ pub use relay::{AnswerBody, BrokenAnswer};
 pub use worker::{Memory, Worker};
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::{Method, Request, Response, header, request};
@@ -109,12 +110,17 @@ impl Worker {
         let bytes = readable.unwrap_or_default();
         // What is no JSON object the engine refuses in its own words.
         let facts = request_facts(endpoint, &bytes).unwrap_or_default();
-        let named = facts.model.as_deref().or_else(|| Endpoint::model_in_path(head.uri.path()));
+        let in_path = Endpoint::model_in_path(head.uri.path());
+        let named = facts.model.as_deref().or(in_path);
         let routed = route(snapshot, head, named)?;
         let pool = &snapshot.pools[routed.pool];
         ledger.routed(pool, named);
         if let (Some(rename), Some(span)) = (routed.rename, facts.model_span.clone()) {
             body.replace(renamed(&bytes, span, rename));
+        }
+        let mut path = admit::target(head);
+        if let (Some(rename), None, Some(model)) = (routed.rename, &facts.model, in_path) {
+            path = admit::renamed_target(&path, model, rename).unwrap_or(path);
         }
         let rule = routed.rule.map(|rule| &config.routes[rule]);
         let mut policy = pool.config.retry.clone();
@@ -127,7 +133,7 @@ impl Worker {
             endpoint,
             dialect,
             method: head.method.clone(),
-            path: admit::target(head),
+            path,
             upgrade: headers::upgrade(head),
             model: routed.rename.or(named).map(str::to_owned),
             stream: facts.stream,
@@ -155,7 +161,16 @@ impl Worker {
             prompt_bytes: 0,
             replayable: false,
         };
-        exchange::stand_by(self, &snapshot.pools[routed.pool], &wanted).await
+        if snapshot.routes.needs_model(&view(head)) {
+            // Which pool it will be only the body says: a connection to any is promise enough.
+            for pool in &snapshot.pools {
+                if exchange::stand_by(self, pool, &wanted, Duration::ZERO).await.is_ok() {
+                    return Ok(());
+                }
+            }
+        }
+        let pool = &snapshot.pools[routed.pool];
+        exchange::stand_by(self, pool, &wanted, pool.config.retry.wait_max).await
     }
 }
 
@@ -168,17 +183,19 @@ fn route<'s>(
     head: &request::Parts,
     model: Option<&str>,
 ) -> Result<Routed<'s>, Refusal> {
-    let host = head.headers.get(header::HOST).and_then(|host| host.to_str().ok());
-    let host = host.or_else(|| head.uri.authority().map(http::uri::Authority::as_str));
-    let view = Head { path: head.uri.path(), host, headers: &head.headers };
     let listed = |pool: usize, model: &str| snapshot.pools[pool].lists(model);
-    snapshot.routes.route(&view, model, &listed).map_err(|none| match none {
+    snapshot.routes.route(&view(head), model, &listed).map_err(|none| match none {
         NoRoute::UnknownModel { models } => Refusal::UnknownModel {
             model: model.unwrap_or_default().to_owned(),
             known: models::known(snapshot, models),
         },
         NoRoute::NoPool => Refusal::NoRoute,
     })
+}
+
+fn view(head: &request::Parts) -> Head<'_> {
+    let host = headers::host(&head.headers, &head.uri);
+    Head { path: head.uri.path(), host, headers: &head.headers }
 }
 
 /// The one documented edit of a client's body, by splicing: everything else stays as it was written.

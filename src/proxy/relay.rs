@@ -19,7 +19,7 @@ use crate::policy::Moment;
 use crate::policy::health::Observation;
 use crate::policy::retry::{Cause, Facts, Phase, Verdict, verdict};
 use crate::pool::{About, Choice};
-use crate::proxy::attempt::cut;
+use crate::proxy::attempt::{cut, grpc_cause};
 use crate::proxy::ledger::Ledger;
 use crate::proxy::sse_relay::EventRelay;
 use crate::proxy::watch::{Stage, Watch};
@@ -227,6 +227,10 @@ impl Plain {
             Poll::Ready(Some(Ok(frame))) => {
                 self.serving.watch.moved(clock::now());
                 self.serving.ledger.sent(frame.data_ref().map_or(0, Bytes::len));
+                if let Some(cause) = frame.trailers_ref().and_then(grpc_cause) {
+                    // The client is told in the same words.
+                    self.serving.broke(Phase::Tail, cause, End::Complete);
+                }
                 self.end_if_over();
                 Poll::Ready(Some(Ok(frame)))
             }

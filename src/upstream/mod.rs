@@ -114,7 +114,10 @@ impl Drop for H2Stream {
 pub enum Want {
     /// A kept one if there is any.
     Any,
-    /// A new one: the request may not be sent twice, or a kept one has just failed it.
+    /// A kept one whose peer says what it has processed when it goes away (HTTP/2), else a new one: the
+    /// request may not be sent twice.
+    Sure,
+    /// A new one: a kept one has just failed the request.
     Fresh,
     /// A new HTTP/1.1 one that may be switched to another protocol.
     Upgradable,
@@ -126,9 +129,12 @@ impl Lane {
     /// # Errors
     /// Facts of why none stands, see `ConnectFailure`.
     pub async fn lease(self: &Arc<Self>, target: &Target, want: Want) -> Result<Lease, ConnectError> {
-        if want == Want::Any
-            && let Some(connection) = self.kept(target.idle)
-        {
+        let kept = match want {
+            Want::Any => self.kept(target.idle),
+            Want::Sure => self.kept_h2().map(Leased::H2),
+            Want::Fresh | Want::Upgradable => None,
+        };
+        if let Some(connection) = kept {
             return Ok(Lease { connection, lane: self.clone(), reused: true });
         }
         let opened = if want != Want::Upgradable && target.prefers_h2() {
@@ -154,7 +160,12 @@ impl Lane {
         self.idle
             .lock()
             .retain(|kept| !kept.connection.sender.is_closed() && now.since(kept.since) < idle_max);
-        self.h2.lock().retain(|kept| !kept.sender.is_closed());
+        // Of the HTTP/2 ones that a burst left behind without a stream, one is enough.
+        let mut spare = false;
+        self.h2.lock().retain(|kept| {
+            let idle = kept.streams.load(Ordering::Relaxed) == 0;
+            !kept.sender.is_closed() && (!idle || !std::mem::replace(&mut spare, true))
+        });
     }
 
     /// Idle connections kept now.
@@ -166,7 +177,7 @@ impl Lane {
         if let Some(h1) = self.kept_h1(idle_max) {
             return Some(Leased::H1(h1));
         }
-        self.kept_h2().map(|h2| Leased::H2(H2Stream::new(h2)))
+        self.kept_h2().map(Leased::H2)
     }
 
     fn kept_h1(&self, idle_max: Duration) -> Option<H1> {
@@ -184,22 +195,24 @@ impl Lane {
         None
     }
 
-    fn kept_h2(&self) -> Option<Arc<H2>> {
+    fn kept_h2(&self) -> Option<H2Stream> {
         let mut open = self.h2.lock();
         if open.is_empty() {
             return None;
         }
         open.retain(|kept| !kept.sender.is_closed());
-        open.iter().find(|kept| kept.streams.load(Ordering::Relaxed) < H2_STREAMS_PER_CONNECTION).cloned()
+        let free = open.iter().find(|kept| kept.streams.load(Ordering::Relaxed) < H2_STREAMS_PER_CONNECTION);
+        // Counted under the lock: the next one to look sees it.
+        free.cloned().map(H2Stream::new)
     }
 
     /// Opens one connection for all who are waiting for one.
     async fn open_h2(self: &Arc<Self>, target: &Target, want: Want) -> Result<(Leased, bool), ConnectError> {
         let _turn = self.h2_opening.lock().await;
-        if want == Want::Any
+        if want != Want::Fresh
             && let Some(h2) = self.kept_h2()
         {
-            return Ok((Leased::H2(H2Stream::new(h2)), true));
+            return Ok((Leased::H2(h2), true));
         }
         Ok((self.open(target, false).await?, false))
     }

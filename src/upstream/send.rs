@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
-use http::{HeaderValue, Request, Uri, Version, header, request, response};
+use http::{HeaderValue, Method, Request, Uri, Version, header, request, response};
 use http_body::{Body, Frame};
 use hyper::body::Incoming;
 
@@ -65,6 +65,11 @@ impl Lease {
                     head.version = Version::HTTP_11;
                     let host = HeaderValue::from_str(authority.as_str());
                     head.headers.insert(header::HOST, host.unwrap_or(HeaderValue::from_static("localhost")));
+                    // RFC 9110 §8.6: where a body is usual, its absence is said. hyper does not say it.
+                    let usual = matches!(head.method, Method::POST | Method::PUT | Method::PATCH);
+                    if usual && matches!(body, OutBody::Empty) {
+                        head.headers.insert(header::CONTENT_LENGTH, HeaderValue::from_static("0"));
+                    }
                     send_h1(lane, h1, Request::from_parts(head, body)).await
                 }
                 Leased::H2(stream) => {
@@ -83,7 +88,13 @@ async fn send_h1(lane: Arc<Lane>, mut h1: H1, request: Request<OutBody>) -> Resu
     let before = (h1.traffic.written(), h1.traffic.read());
     match h1.sender.try_send_request(request).await {
         Ok(response) => {
-            let (head, incoming) = response.into_parts();
+            let (mut head, incoming) = response.into_parts();
+            // Of this connection, not of the client's.
+            head.version = Version::HTTP_11;
+            if head.headers.contains_key(header::TRANSFER_ENCODING) {
+                // RFC 9112 §6.3: the encoding wins. hyper obeys, and leaves the length for others to believe.
+                head.headers.remove(header::CONTENT_LENGTH);
+            }
             Ok(Answer { head, body: InBody::new(incoming, Leased::H1(h1), lane) })
         }
         Err(mut refused) => {
@@ -198,7 +209,13 @@ fn failure_of(error: &hyper::Error) -> SendFailure {
         if let Some(h2) = cause.downcast_ref::<h2::Error>() {
             let refused = h2.reason() == Some(h2::Reason::REFUSED_STREAM)
                 || (h2.is_go_away() && h2.is_remote() && h2.reason() == Some(h2::Reason::NO_ERROR));
-            return if refused { SendFailure::Refused } else { SendFailure::Closed };
+            // Reset by our side of the connection, which does so when the body it sends breaks off.
+            let ours = h2.is_reset() && !h2.is_remote() && !h2.is_library();
+            return match (refused, ours) {
+                (true, _) => SendFailure::Refused,
+                (_, true) => SendFailure::Upload,
+                _ => SendFailure::Closed,
+            };
         }
         if let Some(io) = cause.downcast_ref::<std::io::Error>()
             && io.kind() == std::io::ErrorKind::InvalidInput

@@ -85,7 +85,7 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Tap<T> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let polled = Pin::new(&mut self.inner).poll_write(cx, buf);
         self.traffic.wrote(&polled);
-        polled
+        unless_closed(polled, buf.len())
     }
 
     fn poll_write_vectored(
@@ -95,7 +95,7 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Tap<T> {
     ) -> Poll<io::Result<usize>> {
         let polled = Pin::new(&mut self.inner).poll_write_vectored(cx, bufs);
         self.traffic.wrote(&polled);
-        polled
+        unless_closed(polled, bufs.iter().map(|buf| buf.len()).sum())
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -103,7 +103,7 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Tap<T> {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.inner).poll_flush(cx)
+        unless_closed(Pin::new(&mut self.inner).poll_flush(cx), ())
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -116,6 +116,19 @@ impl Traffic {
         if let Poll::Ready(Ok(n)) = polled {
             add(&self.written, *n);
         }
+    }
+}
+
+/// A backend may answer and close before it has read the whole request. The write that fails then must not hide
+/// the answer that waits to be read: what is written to a closed connection is thrown away, and the
+/// reading side, which has its end behind whatever was said, tells of the close.
+fn unless_closed<T>(polled: Poll<io::Result<T>>, thrown_away: T) -> Poll<io::Result<T>> {
+    use io::ErrorKind::{BrokenPipe, ConnectionReset};
+    match polled {
+        Poll::Ready(Err(error)) if matches!(error.kind(), BrokenPipe | ConnectionReset) => {
+            Poll::Ready(Ok(thrown_away))
+        }
+        other => other,
     }
 }
 

@@ -3,19 +3,24 @@
 //! The HTTP/1.1 client writes any bytes and keeps every byte it read. It tells a body that ended
 //! from one that was cut; it repairs nothing.
 
+use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use bytes::{Buf, Bytes, BytesMut};
+use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt as _, Full};
+use hyper::body::{Body, Frame, Incoming};
 use hyper::client::conn::http2::SendRequest;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use serde_json::{Value, json};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::TcpStream;
+use tokio::sync::mpsc;
 use tokio_rustls::TlsConnector;
 
 use super::{PATIENCE, within};
@@ -242,6 +247,35 @@ impl Client {
         self.read.to_vec()
     }
 
+    /// Reads what comes next, whatever it is, and forgets it; 0 is the end.
+    pub async fn read_more(&mut self) -> io::Result<usize> {
+        if self.read.is_empty() {
+            self.fill().await?;
+        }
+        let read = self.read.len();
+        self.read.clear();
+        Ok(read)
+    }
+
+    /// The next `count` bytes, whatever they are: for a connection that was switched to another protocol.
+    pub async fn read_bytes(&mut self, count: usize) -> Vec<u8> {
+        while self.read.len() < count {
+            let read = within(PATIENCE, self.fill()).await.unwrap();
+            assert!(read > 0, "closed after {:?}", self.read);
+        }
+        self.read.split_to(count).to_vec()
+    }
+
+    /// As a socket's `read`: some bytes, the end, or the error.
+    pub async fn read_raw(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        if self.read.is_empty() {
+            self.fill().await?;
+        }
+        let some = self.read.len().min(into.len());
+        self.read.copy_to_slice(&mut into[..some]);
+        Ok(some)
+    }
+
     /// Whether the peer closes the connection within `timeout` without sending anything more.
     pub async fn is_closed_within(&mut self, timeout: Duration) -> bool {
         let read = tokio::time::timeout(timeout, self.fill()).await;
@@ -359,18 +393,51 @@ impl Client {
 /// An HTTP/2 connection with prior knowledge; several requests may run on it at once.
 #[derive(Clone)]
 pub struct H2Client {
-    sender: SendRequest<Full<Bytes>>,
+    sender: SendRequest<BoxBody<Bytes, Infallible>>,
 }
 
 impl H2Client {
     pub async fn connect(address: SocketAddr) -> Self {
         let stream = TcpStream::connect(address).await.unwrap();
         stream.set_nodelay(true).unwrap();
+        Self::over(stream).await
+    }
+
+    /// A TLS connection to `localhost` at `address`, whose ALPN must have chosen `h2`.
+    pub async fn connect_tls(address: SocketAddr, config: Arc<rustls::ClientConfig>) -> io::Result<Self> {
+        let stream = TcpStream::connect(address).await?;
+        let name = "localhost".try_into().map_err(io::Error::other)?;
+        let stream = TlsConnector::from(config).connect(name, stream).await?;
+        assert_eq!(stream.get_ref().1.alpn_protocol(), Some(&b"h2"[..]));
+        Ok(Self::over(stream).await)
+    }
+
+    async fn over(stream: impl Stream + 'static) -> Self {
         let io = TokioIo::new(stream);
         let (sender, connection) =
             hyper::client::conn::http2::handshake(TokioExecutor::new(), io).await.unwrap();
         tokio::spawn(connection);
         Self { sender }
+    }
+
+    /// Whether the connection has ended; a GOAWAY ends it after its last stream.
+    pub fn is_closed(&self) -> bool {
+        self.sender.is_closed()
+    }
+
+    /// Begins a request whose body the test sends frame by frame; resolves with the head of the answer.
+    pub fn open(
+        &self,
+        request: &Request,
+    ) -> (mpsc::Sender<Frame<Bytes>>, impl Future<Output = hyper::Result<http::Response<Incoming>>> + use<>)
+    {
+        let (frames, body) = mpsc::channel(16);
+        let outgoing = outgoing(request, Frames(body).boxed());
+        let mut sender = self.sender.clone();
+        (frames, async move {
+            sender.ready().await?;
+            sender.send_request(outgoing).await
+        })
     }
 
     /// Panics when no head came: see [`try_send`](Self::try_send).
@@ -379,8 +446,8 @@ impl H2Client {
         answer.unwrap_or_else(|end| panic!("no head came: {end:?}"))
     }
 
-    /// The answer, or how the stream ended without a head.
-    pub async fn try_send(&self, request: &Request) -> Result<Answer, End> {
+    /// Waits for the head and leaves the body alone.
+    pub async fn begin(&self, request: &Request) -> hyper::body::Incoming {
         let mut sender = self.sender.clone();
         let mut outgoing = http::Request::builder()
             .method(request.method.as_str())
@@ -388,9 +455,17 @@ impl H2Client {
         for (name, value) in &request.headers {
             outgoing = outgoing.header(name, value);
         }
+        sender.ready().await.unwrap();
+        let outgoing = outgoing.body(Full::new(request.body.clone())).unwrap();
+        sender.send_request(outgoing).await.unwrap().into_body()
+    }
+
+    /// The answer, or how the stream ended without a head.
+    pub async fn try_send(&self, request: &Request) -> Result<Answer, End> {
+        let mut sender = self.sender.clone();
+        let outgoing = outgoing(request, Full::new(request.body.clone()).boxed());
         let sent = Instant::now();
         sender.ready().await.map_err(|error| end_of(&error))?;
-        let outgoing = outgoing.body(Full::new(request.body.clone())).unwrap();
         let response = sender.send_request(outgoing).await.map_err(|error| end_of(&error))?;
         let (head, mut incoming) = response.into_parts();
         let mut answer = Answer {
@@ -406,7 +481,7 @@ impl H2Client {
             arrivals: Vec::new(),
         };
         while let Some(frame) = incoming.frame().await {
-            match frame.map(hyper::body::Frame::into_data) {
+            match frame.map(Frame::into_data) {
                 Ok(Ok(data)) => {
                     answer.body.extend_from_slice(&data);
                     answer.arrivals.push((sent.elapsed(), answer.body.len()));
@@ -422,6 +497,31 @@ impl H2Client {
         }
         answer.elapsed = sent.elapsed();
         Ok(answer)
+    }
+}
+
+fn outgoing<B>(request: &Request, body: B) -> http::Request<B> {
+    let mut outgoing = http::Request::builder()
+        .method(request.method.as_str())
+        .uri(format!("http://evergate.test{}", request.target));
+    for (name, value) in &request.headers {
+        outgoing = outgoing.header(name, value);
+    }
+    outgoing.body(body).unwrap()
+}
+
+/// A body that ends when its sender is dropped.
+struct Frames(mpsc::Receiver<Frame<Bytes>>);
+
+impl Body for Frames {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        self.get_mut().0.poll_recv(cx).map(|frame| frame.map(Ok))
     }
 }
 

@@ -268,6 +268,11 @@ impl Body for Steps {
             }
         }
     }
+
+    /// An answer without a step ends with its head.
+    fn is_end_stream(&self) -> bool {
+        self.left.is_empty()
+    }
 }
 
 /// A frame a test sends by hand (RFC 9113 §6).

@@ -4,11 +4,9 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use evergate::app::{self, Plan, Running};
-use evergate::config::Source;
+use evergate::config::{self, Config, Source};
 use evergate::telemetry::Telemetry;
 use evergate::telemetry::metrics::End;
-
-use evergate::config::{self, Config};
 use toml::{Table, Value};
 
 /// Builds the TOML a test's evergate runs by. Ports are the kernel's choice.
@@ -58,6 +56,12 @@ impl ProxyBuilder {
         if !self.pool().is_empty() {
             self.pools.push(Table::new());
         }
+        self.pool().insert("name".to_owned(), name.into());
+        self
+    }
+
+    /// Names the pool begun last, whatever it holds.
+    pub fn named_pool_kept(mut self, name: &str) -> Self {
         self.pool().insert("name".to_owned(), name.into());
         self
     }

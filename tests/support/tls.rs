@@ -7,6 +7,7 @@ use std::sync::Arc;
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, date_time_ymd};
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::server::WebPkiClientVerifier;
 use tempfile::TempDir;
 use tokio_rustls::TlsAcceptor;
 
@@ -77,7 +78,15 @@ impl Authority {
             certificate_path: path("crt.pem"),
             key_path: path("key.pem"),
             alpn: alpn.iter().map(|name| name.as_bytes().to_vec()).collect(),
+            clients: None,
         }
+    }
+
+    /// As [`server`](Self::server) with the good certificate, and clients must show one of this authority.
+    pub fn server_for_known_clients(&self, alpn: &[&str]) -> ServerTls {
+        let mut roots = rustls::RootCertStore::empty();
+        roots.add(self.certificate.der().clone()).unwrap();
+        ServerTls { clients: Some(Arc::new(roots)), ..self.server(Certificate::Good, alpn) }
     }
 
     /// A client's configuration that trusts this authority alone.
@@ -99,6 +108,8 @@ pub struct ServerTls {
     certificate_path: PathBuf,
     key_path: PathBuf,
     alpn: Vec<Vec<u8>>,
+    /// Who signs the certificates clients must show.
+    clients: Option<Arc<rustls::RootCertStore>>,
 }
 
 impl ServerTls {
@@ -113,12 +124,16 @@ impl ServerTls {
     pub fn acceptor(&self) -> TlsAcceptor {
         let chain = CertificateDer::pem_file_iter(&self.certificate_path).unwrap();
         let key = PrivateKeyDer::from_pem_file(&self.key_path).unwrap();
-        let mut config = rustls::ServerConfig::builder_with_provider(provider())
+        let builder = rustls::ServerConfig::builder_with_provider(provider())
             .with_safe_default_protocol_versions()
-            .unwrap()
-            .with_no_client_auth()
-            .with_single_cert(chain.map(Result::unwrap).collect(), key)
             .unwrap();
+        let builder = match &self.clients {
+            None => builder.with_no_client_auth(),
+            Some(roots) => builder.with_client_cert_verifier(
+                WebPkiClientVerifier::builder_with_provider(roots.clone(), provider()).build().unwrap(),
+            ),
+        };
+        let mut config = builder.with_single_cert(chain.map(Result::unwrap).collect(), key).unwrap();
         config.alpn_protocols = self.alpn.clone();
         TlsAcceptor::from(Arc::new(config))
     }
