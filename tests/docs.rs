@@ -76,7 +76,7 @@ fn every_error_code_is_documented() {
     assert_documented(&literals_after(&answer, "StatusCode::INTERNAL_SERVER_ERROR,"), ERRORS, 1);
     assert_documented(&literals_after(&answer, "StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,"), ERRORS, 1);
     let access = source("src/admin/access.rs");
-    assert_documented(&literals_after(between(&access, "fn describe", "/// Decides"), "=> ("), ERRORS, 4);
+    assert_documented(&literals_after(between(&access, "fn describe", "/// Decides"), "("), ERRORS, 4);
     let reasons = source("src/policy/retry/mod.rs");
     assert_documented(
         &literals_after(between(&reasons, "impl Reason", "/// What an exchange"), "=>"),
@@ -237,7 +237,7 @@ fn no_link_is_dead() {
 
 #[test]
 fn files_named_in_documents_exist() {
-    let ours = ["src/", "tests/", "docs/", "config/", "deploy/", "benches/", "fuzz/", ".ci/"];
+    let ours = ["src/", "tests/", "docs/", "config/", "deploy/", "benches/", ".ci/"];
     let mut gone = Vec::new();
     for document in documents() {
         let text = fs::read_to_string(&document).unwrap();
@@ -247,6 +247,10 @@ fn files_named_in_documents_exist() {
             for named in line.split('`').skip(1).step_by(2).filter(|n| ours.iter().any(|o| n.starts_with(o)))
             {
                 let path = named.split([' ', '<', '*', '{', '…', '#']).next().unwrap();
+                // `config/file` is a module's name.
+                if path.starts_with("config/") && !path.contains('.') {
+                    continue;
+                }
                 if !root().join(path).exists() && !base.join(path).exists() {
                     gone.push(format!("{}:{number}: {named}", document.display()));
                 }
@@ -265,7 +269,7 @@ fn prose_is_wrapped_and_in_our_words() {
         let is_ours = relative.components().count() == 1 || relative.starts_with("docs");
         for (number, line) in prose(&text) {
             let at = format!("{}:{number}", relative.display());
-            if is_ours && !line.starts_with('|') && line.chars().count() > LINE_CHARS_MAX {
+            if is_ours && !line.starts_with('|') && !line.starts_with("    ") && line.chars().count() > LINE_CHARS_MAX {
                 wrong.push(format!("{at}: longer than {LINE_CHARS_MAX} characters"));
             }
             let lower = line.to_lowercase();
