@@ -205,6 +205,7 @@ impl Drop for Running {
             // A panic there was told of when it happened.
             let _ = control.join();
         }
+        self.operator.ends();
         self.directory.telemetry().access_log.close();
         if let Some(log) = self.log.take() {
             let _ = log.join();

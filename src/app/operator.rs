@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -18,8 +18,8 @@ const LAST_ANSWER: Duration = Duration::from_secs(5);
 /// Serves the admin address in force.
 pub(super) struct Operator {
     telemetry: Arc<Telemetry>,
-    /// Set before anything can move: what it shows is made of parts that know it.
-    state: OnceLock<Arc<AdminState>>,
+    /// Set before anything can move, taken at the end: what it shows is made of parts that hold it.
+    state: Mutex<Option<Arc<AdminState>>>,
     now: Mutex<Option<Open>>,
 }
 
@@ -30,7 +30,7 @@ struct Open {
 
 impl Operator {
     pub(super) fn new(telemetry: Arc<Telemetry>) -> Self {
-        Self { telemetry, state: OnceLock::new(), now: Mutex::default() }
+        Self { telemetry, state: Mutex::default(), now: Mutex::default() }
     }
 
     /// A listening socket.
@@ -44,8 +44,12 @@ impl Operator {
 
     /// What is shown and acted on.
     pub(super) fn shows(&self, state: AdminState) {
-        // Set once, by whoever composes.
-        let _ = self.state.set(Arc::new(state));
+        *self.state.lock() = Some(Arc::new(state));
+    }
+
+    /// Shows nothing any more, and lets go of it.
+    pub(super) fn ends(&self) {
+        self.state.lock().take();
     }
 
     /// Where the operator connects.
@@ -55,7 +59,7 @@ impl Operator {
 
     /// Answers on `socket` from now on, and no longer where it did. Within the control runtime.
     pub(super) fn serve(&self, socket: TcpListener) {
-        let Some(state) = self.state.get().cloned() else { return };
+        let Some(state) = self.state.lock().clone() else { return };
         let opened = socket.local_addr().and_then(|a| Ok((a, tokio::net::TcpListener::from_std(socket)?)));
         let (address, listener) = match opened {
             Ok(opened) => opened,
