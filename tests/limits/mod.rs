@@ -267,6 +267,24 @@ async fn memory_that_is_used_up_is_said_and_comes_back() {
 }
 
 #[tokio::test]
+async fn what_is_only_announced_takes_no_memory() {
+    let backend = Backend::healthy().await;
+    let proxy = Proxy::start(&ProxyBuilder::new().backend(&backend.url()).set("limits.memory_max", "1MiB"));
+    let mut idle = Vec::new();
+    for _ in 0..4 {
+        let head = Request::new("POST", "/v1/chat/completions").header("content-length", "900000");
+        let mut client = Client::connect(proxy.addr).await;
+        client.write(&[&head.to_bytes()[..], b"{"].concat()).await.unwrap();
+        idle.push(client);
+    }
+    let exchanges = &proxy.telemetry.metrics.exchanges;
+    eventually(PATIENCE, || exchanges.in_flight() == 4).await;
+    assert_eq!(send(proxy.addr, &chat_of(900_000)).await.status, 200);
+    drop(idle);
+    proxy.is_quiet().await;
+}
+
+#[tokio::test]
 async fn connections_beyond_the_bound_wait_for_a_place() {
     let backend = Backend::healthy().await;
     let proxy = Proxy::start(&ProxyBuilder::new().backend(&backend.url()).set("limits.connections_max", 2));

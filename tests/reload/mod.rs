@@ -127,7 +127,7 @@ async fn a_wrong_file_is_refused_and_a_right_one_applied_after_it() {
     assert_eq!(send(proxy.addr, &chat_request(false)).await.status, 200);
     file.write(&text(&b));
     reaches(&proxy, 2).await;
-    assert_eq!(metrics.config_errors.get(), 0);
+    eventually(PATIENCE, || metrics.config_errors.get() == 0).await;
     assert_eq!(send(proxy.addr, &chat_request(false)).await.status, 200);
     assert_eq!((a.requests().len(), b.requests().len()), (1, 1));
     proxy.is_quiet().await;
