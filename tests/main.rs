@@ -5,13 +5,17 @@
 // Tests measure real time; only the crate itself must go through its clock.
 #![allow(clippy::disallowed_methods)]
 
+mod balance;
 mod discover;
 mod drain;
 mod failover;
+mod health;
 mod hygiene;
 mod limits;
 mod probe;
+mod relay;
 mod reload;
+mod retry;
 mod routing;
 mod sim;
 mod support;

@@ -41,6 +41,12 @@ impl Choice {
         self.pool.observe(self.index, record, model.as_deref(), observation, rng);
     }
 
+    /// Whether the backend serves others, so that a failure may be the request's own.
+    pub fn serves(&self) -> bool {
+        let now = clock::now();
+        self.record.read(|health| health.serves(now))
+    }
+
     /// What is needed to take a fault back later.
     pub fn receipt(&self) -> Receipt {
         Receipt { pool: self.pool.clone(), record: self.record.clone() }

@@ -237,6 +237,23 @@ impl Pool {
         }
     }
 
+    /// When the first of those that asked to be left alone may be asked again; none while another takes work.
+    pub fn busy_until(&self, model: Option<&str>) -> Option<Moment> {
+        let now = clock::now();
+        let mut first: Option<Moment> = None;
+        for (i, member) in self.members.iter().enumerate() {
+            if member.backend.admin() != Administrative::Enabled {
+                continue;
+            }
+            match self.standing(i, model, now) {
+                Standing::Eligible { .. } | Standing::Probation => return None,
+                Standing::Busy { until } => first = Some(first.map_or(until, |first| first.min(until))),
+                Standing::Refusing | Standing::Out { .. } => {}
+            }
+        }
+        first
+    }
+
     /// What may be sent to member `i` for `model`: the stricter of its two judges.
     pub fn standing(&self, i: usize, model: Option<&str>, now: Moment) -> Standing {
         let backend = &self.members[i].backend;

@@ -125,6 +125,8 @@ impl Directory {
         let new = Arc::new(Snapshot::build(Arc::new(config), generation, Some(&old), &self.telemetry)?);
         let applied = self.retire(&old, &new, generation);
         self.current.store(new);
+        // Whoever waits may find a newcomer, now that it can be seen.
+        self.look().pools.iter().for_each(|pool| pool.state.wake_all());
         self.generation.send_replace(generation);
         self.publish_counts();
         Ok(applied)
@@ -162,8 +164,6 @@ impl Directory {
             if before.is_some_and(|p| !same_transport(&p)) {
                 pool.members.iter().for_each(|member| member.backend.close_kept());
             }
-            // Whoever waits may find a newcomer.
-            pool.state.wake_all();
         }
         applied
     }

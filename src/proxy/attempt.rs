@@ -158,6 +158,7 @@ impl Attempt<'_> {
             took: now.since(started),
             own_credentials: self.choice.member().params.own_credentials,
             retry_after: seen.retry_after,
+            serves_others: cause != Cause::Answered && self.choice.serves(),
         };
         let first_byte = seen.head_at.map(|at| at.since(started));
         Outcome { facts, answer, first_byte, started }

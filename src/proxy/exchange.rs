@@ -24,7 +24,7 @@ use crate::proxy::headers::X_REQUEST_ID;
 use crate::proxy::ledger::{Entry, Ledger};
 use crate::proxy::relay::{AnswerBody, Serving};
 use crate::proxy::replay_body::ReplayBody;
-use crate::proxy::respond::{Refusal, refuse};
+use crate::proxy::respond::{Refusal, refuse, whole_seconds};
 use crate::proxy::sse_relay::{EventRelay, Silence};
 use crate::proxy::tunnel;
 use crate::proxy::watch::Watch;
@@ -397,8 +397,21 @@ impl Exchange {
     ) -> Response<AnswerBody> {
         self.ledger.answered(head.status);
         self.ledger.ended(End::Complete);
+        self.say_when_to_return(&mut head);
         head.headers.insert(X_REQUEST_ID, self.ledger.id.clone());
         Response::from_parts(head, body(self.ledger))
+    }
+
+    /// A backend's `Retry-After` is about itself; the client may come back as soon as any of the pool takes it.
+    fn say_when_to_return(&self, head: &mut response::Parts) {
+        if !matches!(head.status.as_u16(), 429 | 503 | 529) {
+            return;
+        }
+        let model = self.pool.judged_model(self.asked.model.as_deref());
+        if let Some(until) = self.pool.busy_until(model) {
+            head.headers.insert(header::RETRY_AFTER, whole_seconds(until.since(clock::now())));
+            head.headers.remove("retry-after-ms");
+        }
     }
 
     /// An error that stood where a stream should have begun becomes a real status.

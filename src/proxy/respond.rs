@@ -192,9 +192,7 @@ pub(super) fn refuse(mut ledger: Ledger, dialect: Dialect, refusal: &Refusal) ->
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
     headers.insert(X_REQUEST_ID, ledger.id.clone());
     if let Some(after) = rejection.retry_after {
-        // Whole seconds, never too early.
-        let seconds = after.as_secs() + u64::from(after.subsec_nanos() > 0);
-        headers.insert(header::RETRY_AFTER, seconds.max(1).into());
+        headers.insert(header::RETRY_AFTER, whole_seconds(after));
     }
     if refusal.closes() {
         headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
@@ -206,6 +204,12 @@ pub(super) fn refuse(mut ledger: Ledger, dialect: Dialect, refusal: &Refusal) ->
     ledger.answered(response.status());
     ledger.ended(End::Error);
     response.map(|()| AnswerBody::whole(Bytes::from(body), None, ledger))
+}
+
+/// A `Retry-After`: never too early, never at once.
+pub(super) fn whole_seconds(after: Duration) -> HeaderValue {
+    let seconds = after.as_secs() + u64::from(after.subsec_nanos() > 0);
+    seconds.max(1).into()
 }
 
 /// gRPC over HTTP/2, "Trailers-Only": the status travels in the one block of fields there is.

@@ -137,8 +137,12 @@ impl EventRelay {
         self.ahead.retain(|chunk| !chunk.is_empty());
     }
 
-    /// Slow is not dead: silence is borne while the judge has nothing against the backend.
+    /// Slow is not dead: silence is borne while the judge has nothing against the backend. Behind the finish
+    /// nothing is slow any more: usage and terminator take no thought.
     fn may_go_on(&mut self) -> bool {
+        if self.stream.is_complete() {
+            return false;
+        }
         let now = clock::now();
         let left = (self.clocks.since + self.clocks.max).since(now);
         let choice = &self.serving.choice;

@@ -230,9 +230,6 @@ fn judge(
 ) -> Option<Cause> {
     let Ok(facts) = reader.read(event) else { return Some(Cause::InvalidEvent) };
     progress.observe(&facts);
-    if let Some(seen) = facts.sequence {
-        *sequence = seen + 1;
-    }
     if let Some(class) = facts.error {
         return Some(Cause::ErrorInside(class));
     }
@@ -241,6 +238,10 @@ fn judge(
     }
     if facts.done && !progress.whole_at_end(endpoint, true) {
         return Some(Cause::EndedEarly);
+    }
+    // Only what the client sees is counted: the error that may follow continues there.
+    if let Some(seen) = facts.sequence {
+        *sequence = seen + 1;
     }
     *meaningful |= facts.meaningful || facts.finish.is_some();
     None

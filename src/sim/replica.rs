@@ -23,9 +23,10 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::{JoinHandle, JoinSet};
 
+use super::api;
 use super::faults::Fault;
 use super::serve;
-use super::skin::Skin;
+use super::skin::{Api, Skin};
 
 /// Accept queue of the listening socket; connections beyond it wait for the client's SYN to be sent again.
 const BACKLOG: i32 = 1024;
@@ -76,6 +77,15 @@ impl Default for ReplicaConfig {
             loading: Duration::ZERO,
             api_key: None,
         }
+    }
+}
+
+impl ReplicaConfig {
+    /// What a healthy replica so configured says to this chat request; `None` where it would refuse it.
+    /// The answer is worked out here and now: what came over a network can be compared with it.
+    pub fn answer_to_chat(&self, body: &serde_json::Value) -> Option<String> {
+        let job = api::job(Api::Chat, self.skin, &self.model, body).ok()?;
+        Some(job.answer(&self.model, self.weights, self.tokens).tokens.concat())
     }
 }
 

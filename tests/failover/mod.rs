@@ -1,5 +1,10 @@
 //! A replica fails before anything was relayed: the client gets the answer of another one.
 
+mod connect;
+mod drain;
+mod gate;
+mod head;
+
 use crate::support::backend::{Backend, Script};
 use crate::support::client::{Client, assert_is_healthy_stream, chat_request, send};
 use crate::support::proxy::{Proxy, ProxyBuilder};

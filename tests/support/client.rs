@@ -247,6 +247,16 @@ impl Client {
         self.read.to_vec()
     }
 
+    /// Reads what comes next, whatever it is, and forgets it; 0 is the end.
+    pub async fn read_more(&mut self) -> io::Result<usize> {
+        if self.read.is_empty() {
+            self.fill().await?;
+        }
+        let read = self.read.len();
+        self.read.clear();
+        Ok(read)
+    }
+
     /// The next `count` bytes, whatever they are: for a connection that was switched to another protocol.
     pub async fn read_bytes(&mut self, count: usize) -> Vec<u8> {
         while self.read.len() < count {
@@ -434,6 +444,20 @@ impl H2Client {
     pub async fn send(&self, request: &Request) -> Answer {
         let answer = within(PATIENCE * 6, self.try_send(request)).await;
         answer.unwrap_or_else(|end| panic!("no head came: {end:?}"))
+    }
+
+    /// Waits for the head and leaves the body alone.
+    pub async fn begin(&self, request: &Request) -> hyper::body::Incoming {
+        let mut sender = self.sender.clone();
+        let mut outgoing = http::Request::builder()
+            .method(request.method.as_str())
+            .uri(format!("http://evergate.test{}", request.target));
+        for (name, value) in &request.headers {
+            outgoing = outgoing.header(name, value);
+        }
+        sender.ready().await.unwrap();
+        let outgoing = outgoing.body(Full::new(request.body.clone())).unwrap();
+        sender.send_request(outgoing).await.unwrap().into_body()
     }
 
     /// The answer, or how the stream ended without a head.

@@ -9,6 +9,7 @@
 
 pub mod backend;
 pub mod client;
+pub mod either;
 pub mod h2_backend;
 pub mod proxy;
 pub mod reply;

@@ -60,6 +60,12 @@ impl ProxyBuilder {
         self
     }
 
+    /// Names the pool begun last, whatever it holds.
+    pub fn named_pool_kept(mut self, name: &str) -> Self {
+        self.pool().insert("name".to_owned(), name.into());
+        self
+    }
+
     /// Sets a dotted key. `pool.…` is of the pool begun last, `listener.…` of the one listener.
     #[track_caller]
     pub fn set(mut self, key: &str, value: impl Into<Value>) -> Self {

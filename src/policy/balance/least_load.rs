@@ -3,7 +3,7 @@
 //! The comparison with a margin is not transitive, so it is made against the minimum, not pair by pair: first
 //! the lowest load, then the lowest first-token time among those near it, then a lot among those near both.
 
-use super::tie::{Lot, clearly_lower};
+use super::tie::{Lot, clearly_lower, clearly_sooner};
 use super::{Candidates, Front};
 
 pub(super) fn pick(candidates: &impl Candidates, rng: &mut fastrand::Rng) -> Option<usize> {
@@ -21,7 +21,7 @@ pub(super) fn pick(candidates: &impl Candidates, rng: &mut fastrand::Rng) -> Opt
         front.iter().filter(near).filter_map(|i| candidates.first_token(i)).fold(f64::INFINITY, f64::min);
     let mut lot = Lot::default();
     for i in front.iter().filter(near) {
-        if candidates.first_token(i).is_none_or(|first| !clearly_lower(soonest, first)) {
+        if candidates.first_token(i).is_none_or(|first| !clearly_sooner(soonest, first)) {
             lot.offer(i, candidates.weight(i), rng);
         }
     }

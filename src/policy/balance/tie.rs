@@ -1,5 +1,5 @@
-//! Who wins among equals: the lower load; within a tenth of it the earlier first token; within a tenth of that
-//! chance, by weight.
+//! Who wins among equals: the lower load; within a tenth of it the earlier first token; within a tenth of that,
+//! or a moment, chance, by weight.
 //!
 //! Loads are estimates, and so are first-token times: without a margin their noise would decide, and every
 //! gateway would send to the same backend. Chance goes by weight because load cannot speak for an idle
@@ -11,9 +11,19 @@ use super::Candidates;
 /// ten is no difference, one more on five is.
 const MARGIN: f64 = 0.1;
 
+/// First tokens closer together than this come at the same time, in seconds. A handshake or a busy scheduler
+/// makes so much of a difference, and whoever looks slow for it would not be asked again for half a minute
+/// on an idle pool.
+const FIRST_TOKEN_NOISE: f64 = 0.02;
+
 /// Whether `a` is lower than `b` by more than the margin.
 pub(super) fn clearly_lower(a: f64, b: f64) -> bool {
     a < b - MARGIN * b.abs()
+}
+
+/// The same for two first-token times.
+pub(super) fn clearly_sooner(a: f64, b: f64) -> bool {
+    clearly_lower(a + FIRST_TOKEN_NOISE, b)
 }
 
 /// The better of two, by the rules above.
@@ -26,10 +36,10 @@ pub(super) fn better(candidates: &impl Candidates, a: usize, b: usize, rng: &mut
         return b;
     }
     if let (Some(first_a), Some(first_b)) = (candidates.first_token(a), candidates.first_token(b)) {
-        if clearly_lower(first_a, first_b) {
+        if clearly_sooner(first_a, first_b) {
             return a;
         }
-        if clearly_lower(first_b, first_a) {
+        if clearly_sooner(first_b, first_a) {
             return b;
         }
     }
@@ -83,7 +93,9 @@ mod tests {
     #[test]
     fn unknown_or_near_equal_first_tokens_leave_it_to_chance() {
         let mut fleet = Fleet::of(2);
-        for (first, second) in [(None, Some(0.1)), (Some(9.0), None), (Some(0.40), Some(0.41))] {
+        for (first, second) in
+            [(None, Some(0.1)), (Some(9.0), None), (Some(0.40), Some(0.41)), (Some(0.002), Some(0.018))]
+        {
             (fleet.0[0].first_token, fleet.0[1].first_token) = (first, second);
             assert!((400..600).contains(&wins_of_first(&fleet)), "{first:?} {second:?}");
         }

@@ -45,6 +45,10 @@ const SETTLED: Duration = Duration::from_secs(60);
 /// lost it, and one lost trial must not keep a backend out for ever.
 const TRIAL_LOST: Duration = Duration::from_secs(600);
 
+/// Below this success rate a backend is no witness against a request: of two that fail a tenth each by chance,
+/// one request in a hundred would be called at fault.
+const WITNESS_SUCCESS_RATE: f64 = 0.9;
+
 /// A kept backend is reported again after so long.
 const KEPT_AGAIN: Duration = Duration::from_secs(60);
 
@@ -190,6 +194,8 @@ pub struct Health {
     /// Last success or first token, if no fault came after it, and how many of them.
     served: Option<Moment>,
     served_in_a_row: u32,
+    /// What `served` was before the latest fault, which may yet be forgiven.
+    served_before: Option<Moment>,
     busy: Busy,
     kept_at: Option<Moment>,
     /// Copied from the policy and the peers at each call that has them, for those that have not.
@@ -258,6 +264,7 @@ impl Health {
             faults_in_a_row: 0,
             served: None,
             served_in_a_row: 0,
+            served_before: None,
             busy: Busy::default(),
             kept_at: None,
             known: Known {
@@ -294,7 +301,8 @@ impl Health {
             Observation::Fault => {
                 self.window.record(now, false);
                 self.faults_in_a_row = self.faults_in_a_row.saturating_add(1);
-                (self.served, self.served_in_a_row) = (None, 0);
+                self.served_before = self.served.take();
+                self.served_in_a_row = 0;
                 self.failed(policy, now, peers, rng)
             }
             Observation::Busy { until } => {
@@ -313,6 +321,7 @@ impl Health {
     /// the request's own. An ejection that has begun stays.
     pub fn forgive(&mut self) {
         self.faults_in_a_row = self.faults_in_a_row.saturating_sub(1);
+        self.served = self.served.or(self.served_before.take());
         self.window.forgive();
     }
 
@@ -459,6 +468,13 @@ impl Health {
     /// Share of its recent outcomes that were successes; none while there are fewer than `outcomes_min`.
     pub fn success_rate(&self, now: Moment) -> Option<f64> {
         self.window.rate(now, self.known.window, self.known.outcomes_min)
+    }
+
+    /// Whether it serves requests: at most one fault, which may yet be forgiven, since the last success, and few
+    /// before. Of a backend that fails others too, a failure does not show that it was the request's own.
+    pub fn serves(&self, now: Moment) -> bool {
+        self.served.or(self.served_before).is_some()
+            && self.success_rate(now).is_none_or(|rate| rate >= WITNESS_SUCCESS_RATE)
     }
 
     /// For status pages.

@@ -178,6 +178,8 @@ pub struct Facts {
     pub own_credentials: bool,
     /// When the backend wants to be asked again.
     pub retry_after: Option<Duration>,
+    /// The backend serves other requests: its failure may be this one's own.
+    pub serves_others: bool,
 }
 
 impl Facts {
@@ -192,6 +194,7 @@ impl Facts {
             took: Duration::ZERO,
             own_credentials: false,
             retry_after: None,
+            serves_others: false,
         }
     }
 

@@ -3,7 +3,7 @@
 //! An attempt states facts (`classify::Facts`); `classify::verdict` says whose fault it was;
 //! `decide` says what happens next. Nothing else in evergate decides on a retry. The bounds are the
 //! attempts of one exchange, the pool's `Budget`, and the backends not yet tried; a failure
-//! before anything was sent draws on none but the first.
+//! before anything was sent draws on none of them, but only on the time an exchange waits for a backend.
 //!
 //! Numbers: docs of `RetryPolicy`; rules: RFC 9110 §9.2.2 (idempotency), RFC 9113 §8.7 (refused
 //! streams), GEP-3388 (budget).
@@ -149,7 +149,7 @@ pub struct History {
     pub stale: bool,
     /// Backends in the pool: bounds the attempts that sent nothing.
     pub members: usize,
-    /// How the last backend failed.
+    /// How the last backend failed, if it serves others.
     last: Option<Cause>,
 }
 
@@ -167,7 +167,7 @@ impl History {
             self.unsent = self.unsent.saturating_add(1)
         }
         self.stale |= facts.is_stale_connection();
-        self.last = Some(facts.cause);
+        self.last = facts.serves_others.then_some(facts.cause);
     }
 
     /// Attempts so far.
@@ -201,7 +201,8 @@ pub fn decide(
             Next::GiveUp(Reason::Attempts)
         };
     }
-    if facts.cause.may_be_the_requests_own() && history.last == Some(facts.cause) {
+    // Two backends that fail everybody alike are two broken backends, and a third may be sound.
+    if facts.cause.may_be_the_requests_own() && facts.serves_others && history.last == Some(facts.cause) {
         return Next::RelayAsRequestFault;
     }
     let rejected = matches!(verdict, Verdict::Busy | Verdict::Misconfigured);
@@ -291,13 +292,22 @@ mod tests {
     }
 
     #[test]
-    fn the_same_500_from_two_backends_is_the_requests_own() {
-        let failed = facts(Cause::Status(500));
+    fn the_same_500_from_two_backends_that_serve_others_is_the_requests_own() {
+        let failed = Facts { serves_others: true, ..facts(Cause::Status(500)) };
         let mut history = History::new(3);
         assert_eq!(next(&history, &failed, true, true), Next::Failover);
         history.add(&failed);
         assert_eq!(next(&history, &failed, true, true), Next::RelayAsRequestFault);
-        assert_eq!(next(&history, &facts(Cause::Status(502)), true, true), Next::Failover);
+        assert_eq!(
+            next(&history, &Facts { cause: Cause::Status(502), ..failed }, true, true),
+            Next::Failover
+        );
+        // A backend that fails everybody is no witness, neither as the first nor as the second.
+        let broken = facts(Cause::Status(500));
+        assert_eq!(next(&history, &broken, true, true), Next::Failover);
+        let mut history = History::new(3);
+        history.add(&broken);
+        assert_eq!(next(&history, &failed, true, true), Next::Failover);
     }
 
     #[test]
