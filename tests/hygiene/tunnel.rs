@@ -147,7 +147,8 @@ async fn small_writes_leave_at_once() {
         rounds.push(begin.elapsed());
     }
     rounds.sort_unstable();
-    assert!(rounds[rounds.len() / 2] < Duration::from_millis(35), "{rounds:?}");
+    // The third of the quickest: a busy machine delays some, Nagle all.
+    assert!(rounds[rounds.len() / 3] < Duration::from_millis(35), "{rounds:?}");
 }
 
 #[tokio::test]

@@ -447,16 +447,10 @@ impl H2Client {
     }
 
     /// Waits for the head and leaves the body alone.
-    pub async fn begin(&self, request: &Request) -> hyper::body::Incoming {
+    pub async fn begin(&self, request: &Request) -> Incoming {
         let mut sender = self.sender.clone();
-        let mut outgoing = http::Request::builder()
-            .method(request.method.as_str())
-            .uri(format!("http://evergate.test{}", request.target));
-        for (name, value) in &request.headers {
-            outgoing = outgoing.header(name, value);
-        }
         sender.ready().await.unwrap();
-        let outgoing = outgoing.body(Full::new(request.body.clone())).unwrap();
+        let outgoing = outgoing(request, Full::new(request.body.clone()).boxed());
         sender.send_request(outgoing).await.unwrap().into_body()
     }
 
