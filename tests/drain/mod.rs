@@ -181,8 +181,9 @@ async fn a_second_end_cuts_at_once() {
     proxy.running.end("test");
     refused(proxy.addr).await;
     proxy.running.end("test again");
-    let drained = within(Duration::from_secs(2), proxy.running.drained()).await;
-    assert!(matches!(drained, Drained::AtOnce { left: 1.. }), "{drained:?}");
+    // Who waits finds the stream cut, or already gone; not the deadline of thirty seconds.
+    let drained = within(Duration::from_secs(5), proxy.running.drained()).await;
+    assert!(!matches!(drained, Drained::Deadline { .. }), "{drained:?}");
     let rest = rest_of(&mut stream).await;
     assert!(!rest.ends_with(b"0\r\n\r\n"));
     backend.closed_by_peer(0).await;
