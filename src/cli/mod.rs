@@ -9,7 +9,6 @@ mod run;
 mod status;
 mod table;
 
-use std::ffi::OsString;
 use std::io::Write;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::process::ExitCode;
@@ -17,8 +16,9 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::app::Plan;
+use crate::app;
 use crate::config;
+use crate::demo;
 
 /// A wrong configuration; evergate not reachable, or not ready.
 const NO: u8 = 1;
@@ -57,45 +57,42 @@ enum Command {
 
 /// See it work: simulated replicas that fail, and evergate in front of them.
 ///
-/// Needs no GPU and no configuration: replicas, clients and failures are all in this one process. Ends with a count
-/// of what the clients saw.
+/// Needs no GPU and no configuration: replicas, clients and failures are all in this one process. Plays one round of
+/// failures and ends with a count of what the clients saw; on a terminal evergate then stays up for you to try, until
+/// Ctrl-C.
 #[derive(Args, Clone, Debug)]
-#[command(after_help = "Examples:\n  evergate demo\n  evergate demo --once --plain --seed 7")]
-pub struct DemoArgs {
-    /// How long it runs.
-    #[arg(long = "for", value_name = "TIME", default_value = "30s", value_parser = duration)]
-    pub duration: Duration,
-    /// Play the list of failures once, then end.
-    #[arg(long, conflicts_with = "duration")]
-    pub once: bool,
+#[command(
+    after_help = "Examples:\n  evergate demo\n  evergate demo --once --plain\n  evergate demo --for 5m"
+)]
+struct DemoArgs {
+    /// Go on for this long, round after round, and end.
+    #[arg(long = "for", value_name = "TIME", value_parser = duration)]
+    length: Option<Duration>,
+    /// Play one round and end, also on a terminal.
+    #[arg(long, conflicts_with = "length")]
+    once: bool,
     /// Lines of text instead of a live view; also what a pipe gets.
     #[arg(long)]
-    pub plain: bool,
-    /// Where the demo's evergate listens, so that you can send requests of your own.
-    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:8080", value_parser = address)]
-    pub listen: SocketAddr,
-    /// Its admin address.
-    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:9901", value_parser = address)]
-    pub admin: SocketAddr,
-    /// Simulated replicas.
-    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u8).range(2..=16))]
-    pub replicas: u8,
-    /// Makes chance repeat itself; every run says its own.
-    #[arg(long, value_name = "NUMBER")]
-    pub seed: Option<u64>,
+    plain: bool,
+    /// Where the demo's evergate listens [default: a free port of 127.0.0.1].
+    #[arg(long, value_name = "ADDR", value_parser = address)]
+    listen: Option<SocketAddr>,
 }
 
-/// Does what the command line of this process asks for. `run` starts evergate, `demo` the demo.
-pub fn main_with(run: impl FnOnce(Plan) -> ExitCode, demo: impl FnOnce(DemoArgs) -> ExitCode) -> ExitCode {
-    main_of(std::env::args_os(), run, demo)
+impl DemoArgs {
+    fn options(self) -> demo::Options {
+        let length = match self.length {
+            Some(length) => demo::Length::For(length),
+            None if self.once => demo::Length::Once,
+            None => demo::Length::Open,
+        };
+        demo::Options { length, plain: self.plain, listen: self.listen }
+    }
 }
 
-fn main_of(
-    arguments: impl IntoIterator<Item = OsString>,
-    run: impl FnOnce(Plan) -> ExitCode,
-    demo: impl FnOnce(DemoArgs) -> ExitCode,
-) -> ExitCode {
-    let command = match Cli::try_parse_from(arguments) {
+/// Does what the command line of this process asks for.
+pub fn main() -> ExitCode {
+    let command = match Cli::try_parse() {
         Ok(cli) => cli.command,
         Err(shown) => {
             // Help and versions come this way too. A closed pipe is nobody's error.
@@ -105,12 +102,12 @@ fn main_of(
     };
     match command {
         Command::Run(arguments) => match arguments.plan() {
-            Ok(plan) => run(plan),
+            Ok(plan) => app::run(plan),
             Err(refused) => refused.tell(),
         },
         Command::Check(arguments) => arguments.check(),
         Command::Status(arguments) => arguments.ask(),
-        Command::Demo(arguments) => demo(arguments),
+        Command::Demo(arguments) => demo::run(arguments.options()),
     }
 }
 

@@ -421,7 +421,7 @@ path_prefix = "/b"
             (
                 "[[route]]",
                 "[limits]\nheaders_max = 9\n[client]\nhead = \"1s\"\n[telemetry]\nlog_level = \"warn\"\n[[route]]",
-                &["limits changed", "client clocks changed", "telemetry changed"],
+                &["limits changed", "client clocks changed", "telemetry changed (needs a restart)"],
             ),
             (
                 "[[route]]",
