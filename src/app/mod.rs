@@ -145,6 +145,7 @@ impl Control {
         tokio::spawn(gauge_memory(self.directory.clone(), self.memory.clone()));
         self.operator.serve(self.admin);
         draining().done().await;
+        self.operator.close();
     }
 }
 
@@ -205,7 +206,6 @@ impl Drop for Running {
             // A panic there was told of when it happened.
             let _ = control.join();
         }
-        self.operator.ends();
         self.directory.telemetry().access_log.close();
         if let Some(log) = self.log.take() {
             let _ = log.join();

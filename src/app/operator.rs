@@ -8,7 +8,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 
 use crate::admin::{self, AdminState};
-use crate::drain::Drain;
+use crate::drain::{Drain, Phase};
 use crate::telemetry::Telemetry;
 use crate::telemetry::events::ListenerStarted;
 
@@ -18,7 +18,7 @@ const LAST_ANSWER: Duration = Duration::from_secs(5);
 /// Serves the admin address in force.
 pub(super) struct Operator {
     telemetry: Arc<Telemetry>,
-    /// Set before anything can move, taken at the end: what it shows is made of parts that hold it.
+    /// Set before anything can move, taken at the end: what it shows is made of parts that know it.
     state: Mutex<Option<Arc<AdminState>>>,
     now: Mutex<Option<Open>>,
 }
@@ -47,9 +47,12 @@ impl Operator {
         *self.state.lock() = Some(Arc::new(state));
     }
 
-    /// Shows nothing any more, and lets go of it.
-    pub(super) fn ends(&self) {
+    /// The end: answers no more, and lets go of everything.
+    pub(super) fn close(&self) {
         self.state.lock().take();
+        if let Some(last) = self.now.lock().as_ref() {
+            while last.stop.trigger() != Phase::Done {}
+        }
     }
 
     /// Where the operator connects.
