@@ -42,7 +42,7 @@ fn help_teaches_by_example() {
         ("run", &["--config <FILE>", "--listen <ADDR>", "--access-log <WHERE>", "SIGHUP", "Examples:"][..]),
         ("check", &["-q, --quiet", "[FILE]", "Exit code"]),
         ("status", &["--ready", "--watch", "EVERGATE_ADMIN", "NO_COLOR"]),
-        ("demo", &["--for <TIME>", "--once", "--plain", "[default: 30s]"]),
+        ("demo", &["--for <TIME>", "--once", "--plain", "[default: a free port"]),
     ] {
         let help = evergate(&[command, "--help"]);
         for word in words {

@@ -145,6 +145,7 @@ impl Control {
         tokio::spawn(gauge_memory(self.directory.clone(), self.memory.clone()));
         self.operator.serve(self.admin);
         draining().done().await;
+        self.operator.close();
     }
 }
 

@@ -2,13 +2,13 @@
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
 
 use crate::admin::{self, AdminState};
-use crate::drain::Drain;
+use crate::drain::{Drain, Phase};
 use crate::telemetry::Telemetry;
 use crate::telemetry::events::ListenerStarted;
 
@@ -18,8 +18,8 @@ const LAST_ANSWER: Duration = Duration::from_secs(5);
 /// Serves the admin address in force.
 pub(super) struct Operator {
     telemetry: Arc<Telemetry>,
-    /// Set before anything can move: what it shows is made of parts that know it.
-    state: OnceLock<Arc<AdminState>>,
+    /// Set before anything can move, taken at the end: what it shows is made of parts that know it.
+    state: Mutex<Option<Arc<AdminState>>>,
     now: Mutex<Option<Open>>,
 }
 
@@ -30,7 +30,7 @@ struct Open {
 
 impl Operator {
     pub(super) fn new(telemetry: Arc<Telemetry>) -> Self {
-        Self { telemetry, state: OnceLock::new(), now: Mutex::default() }
+        Self { telemetry, state: Mutex::default(), now: Mutex::default() }
     }
 
     /// A listening socket.
@@ -44,8 +44,15 @@ impl Operator {
 
     /// What is shown and acted on.
     pub(super) fn shows(&self, state: AdminState) {
-        // Set once, by whoever composes.
-        let _ = self.state.set(Arc::new(state));
+        *self.state.lock() = Some(Arc::new(state));
+    }
+
+    /// The end: answers no more, and lets go of everything.
+    pub(super) fn close(&self) {
+        self.state.lock().take();
+        if let Some(last) = self.now.lock().as_ref() {
+            while last.stop.trigger() != Phase::Done {}
+        }
     }
 
     /// Where the operator connects.
@@ -55,7 +62,7 @@ impl Operator {
 
     /// Answers on `socket` from now on, and no longer where it did. Within the control runtime.
     pub(super) fn serve(&self, socket: TcpListener) {
-        let Some(state) = self.state.get().cloned() else { return };
+        let Some(state) = self.state.lock().clone() else { return };
         let opened = socket.local_addr().and_then(|a| Ok((a, tokio::net::TcpListener::from_std(socket)?)));
         let (address, listener) = match opened {
             Ok(opened) => opened,

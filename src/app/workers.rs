@@ -38,7 +38,9 @@ impl Answers for Handler {
         request: Request<Incoming>,
         defect: Option<HeadDefect>,
     ) -> impl Future<Output = Response<AnswerBody>> + Send + use<> {
-        self.0.clone().answer(client.clone(), request, defect)
+        // Boxed: hyper and what stands between move the future several times, and keep its room for as
+        // long as the connection lives.
+        Box::pin(self.0.clone().answer(client.clone(), request, defect))
     }
 }
 

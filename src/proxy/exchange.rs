@@ -36,7 +36,7 @@ use crate::upstream::Want;
 /// Between two looks for a backend that takes connections again, where nobody has noticed that it does.
 const STAND_BY_LOOK: Duration = Duration::from_millis(250);
 
-/// An exchange from its routing to its answer.
+/// An exchange from its routing to its answer. Boxed from the start: it is moved often, and is large.
 pub(super) struct Exchange {
     worker: Arc<Worker>,
     asked: Asked,
@@ -53,10 +53,10 @@ pub(super) struct Exchange {
     rounds: u32,
     /// The next attempt needs a new connection.
     fresh: bool,
+    /// How the latest attempt failed.
+    failed: Option<Facts>,
     /// The latest answer that was not good enough.
     last: Option<Answer>,
-    /// How the latest attempt failed of which something was sent.
-    failed: Option<Cause>,
     /// A fault that may turn out to be the request's own.
     blamed: Option<Receipt>,
     /// Between attempts.
@@ -74,9 +74,9 @@ impl Exchange {
         pool: Arc<Pool>,
         policy: RetryPolicy,
         switch: Option<OnUpgrade>,
-    ) -> Self {
+    ) -> Box<Self> {
         pool.state.deposit();
-        Self {
+        Box::new(Self {
             worker: ledger.worker().clone(),
             history: History::new(pool.members.len()),
             asked,
@@ -88,17 +88,17 @@ impl Exchange {
             tried: SmallVec::new(),
             rounds: 0,
             fresh: false,
-            last: None,
             failed: None,
+            last: None,
             blamed: None,
             alarm: None,
             wait_until: None,
-        }
+        })
     }
 
     /// Runs it to its answer.
     // the attempt loop
-    pub(super) async fn run(mut self) -> Response<AnswerBody> {
+    pub(super) async fn run(mut self: Box<Self>) -> Response<AnswerBody> {
         loop {
             let choice = match self.choose().await {
                 Ok(choice) => choice,
@@ -125,9 +125,7 @@ impl Exchange {
             let nobody = match self.pick() {
                 Ok(choice) => return Ok(choice),
                 Err(Nobody::AllTried) => {
-                    let Some(until) = self.may_wait(Nobody::AllTried) else {
-                        return Err(self.nobody_else());
-                    };
+                    let Some(until) = self.may_wait(Nobody::AllTried) else { return Err(self.all_failed()) };
                     self.back_off(until).await;
                     self.tried.clear();
                     continue;
@@ -145,6 +143,15 @@ impl Exchange {
                     self.follow_reload();
                 }
             }
+        }
+    }
+
+    /// Everybody was tried and there is no time for another round.
+    fn all_failed(&self) -> Refusal {
+        match self.failed {
+            Some(Facts { sent: true, cause, .. }) => Refusal::Failed { cause, enough: "all_tried" },
+            // Nobody has even seen the request.
+            Some(_) | None => Refusal::Down,
         }
     }
 
@@ -175,14 +182,6 @@ impl Exchange {
         self.rounds += 1;
         let pause = self.worker.with_rng(|rng| backoff(&self.policy, self.rounds, rng));
         tokio::time::sleep(pause.min(until.since(clock::now()))).await;
-    }
-
-    /// Everyone was tried, and waiting is over.
-    fn nobody_else(&self) -> Refusal {
-        match self.failed {
-            Some(cause) => Refusal::Failed { cause, enough: "no_other_backend" },
-            None => Refusal::Down,
-        }
     }
 
     /// How long a backend may be waited for; `None` when it is enough or would be for nothing.
@@ -318,9 +317,7 @@ impl Exchange {
     /// On to the next attempt.
     fn set_aside(&mut self, choice: &Choice, outcome: Outcome, watch: Watch, next: Next) {
         self.history.add(&outcome.facts);
-        if outcome.facts.sent {
-            self.failed = Some(outcome.facts.cause);
-        }
+        self.failed = Some(outcome.facts);
         self.pool.state.metrics.count_retry(outcome.facts.cause.name());
         self.fresh = next == Next::Again;
         if next == Next::Failover {
@@ -333,7 +330,13 @@ impl Exchange {
         self.alarm = Some(watch.into_alarm());
     }
 
-    fn give_up(self, choice: Choice, outcome: Outcome, watch: Watch, reason: Reason) -> Response<AnswerBody> {
+    fn give_up(
+        self: Box<Self>,
+        choice: Choice,
+        outcome: Outcome,
+        watch: Watch,
+        reason: Reason,
+    ) -> Response<AnswerBody> {
         if outcome.answer.is_some() {
             return self.relay(choice, outcome, watch);
         }
@@ -346,7 +349,7 @@ impl Exchange {
     }
 
     /// No further attempt: the latest answer if there was one, else an error of our own.
-    fn nobody(mut self, refusal: &Refusal) -> Response<AnswerBody> {
+    fn nobody(mut self: Box<Self>, refusal: &Refusal) -> Response<AnswerBody> {
         match self.last.take() {
             Some(Answer::Whole { head, body, trailers, held }) => {
                 self.whole(head, |ledger| AnswerBody::held(body, trailers, ledger, held))
@@ -357,7 +360,7 @@ impl Exchange {
     }
 
     /// The commit point: from here on the client sees it.
-    fn relay(mut self, choice: Choice, outcome: Outcome, watch: Watch) -> Response<AnswerBody> {
+    fn relay(mut self: Box<Self>, choice: Choice, outcome: Outcome, watch: Watch) -> Response<AnswerBody> {
         let taught = retry::verdict(&outcome.facts) != Verdict::Success;
         let cause = outcome.facts.cause;
         match outcome.answer {
@@ -392,7 +395,7 @@ impl Exchange {
     }
 
     fn serve(
-        mut self,
+        mut self: Box<Self>,
         mut head: response::Parts,
         choice: Choice,
         watch: Watch,
@@ -407,7 +410,7 @@ impl Exchange {
     }
 
     fn whole(
-        mut self,
+        mut self: Box<Self>,
         mut head: response::Parts,
         body: impl FnOnce(Ledger) -> AnswerBody,
     ) -> Response<AnswerBody> {
@@ -431,7 +434,7 @@ impl Exchange {
     }
 
     /// An error that stood where a stream should have begun becomes a real status.
-    fn refused(mut self, status: StatusCode, body: bytes::Bytes) -> Response<AnswerBody> {
+    fn refused(mut self: Box<Self>, status: StatusCode, body: bytes::Bytes) -> Response<AnswerBody> {
         self.ledger.answered(status);
         self.ledger.ended(End::Complete);
         let mut response = Response::new(());

@@ -222,3 +222,22 @@ fn affinity(pool: &Pool, head: &request::Parts, body: &[u8]) -> Option<u64> {
         }
     }
 }
+
+#[cfg(test)]
+mod sizes {
+    use super::*;
+
+    fn of<A, B, C, D, R>(_: fn(A, B, C, D) -> R) -> usize {
+        size_of::<R>()
+    }
+
+    fn of_one<A, R>(_: fn(A) -> R) -> usize {
+        size_of::<R>()
+    }
+
+    #[test]
+    fn what_is_moved_for_each_request_stays_small() {
+        assert!(of(Worker::answer) <= 4096, "{}", of(Worker::answer));
+        assert!(of_one(Exchange::run) <= 2048, "{}", of_one(Exchange::run));
+    }
+}

@@ -36,6 +36,8 @@ pub struct Target {
     pub addresses: Arc<Addresses>,
     /// `host:port` as written, for the `Host` field.
     pub authority: http::uri::Authority,
+    /// The same as a field value.
+    pub host: http::HeaderValue,
     /// Set for `https`.
     pub tls: Option<Tls>,
     /// HTTP version wanted.
@@ -63,6 +65,8 @@ impl Target {
     ) -> Self {
         Self {
             addresses,
+            host: http::HeaderValue::from_str(authority.as_str())
+                .unwrap_or(http::HeaderValue::from_static("localhost")),
             authority,
             tls,
             http,

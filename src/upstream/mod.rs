@@ -16,7 +16,7 @@ mod tls;
 pub use body::{OutBody, StreamedBody, UploadBroken};
 pub use connect::{ConnectError, ConnectFailure, Target};
 pub use dns::{Addresses, Resolver};
-pub use send::{Answer, InBody, SendError, SendFailure};
+pub use send::{Answer, InBody, SendError, SendFailure, Sending};
 pub use tap::Traffic;
 pub use tls::{Tls, read_certificates, read_key};
 
@@ -137,13 +137,16 @@ impl Lane {
         if let Some(connection) = kept {
             return Ok(Lease { connection, lane: self.clone(), reused: true });
         }
-        let opened = if want != Want::Upgradable && target.prefers_h2() {
-            self.open_h2(target, want).await?
-        } else {
-            (self.open(target, want == Want::Upgradable).await?, false)
-        };
-        let (connection, reused) = opened;
+        // Boxed: opening is rare and its state is kilobytes, which every exchange would carry about.
+        let (connection, reused) = Box::pin(self.open_one(target, want)).await?;
         Ok(Lease { connection, lane: self.clone(), reused })
+    }
+
+    async fn open_one(self: &Arc<Self>, target: &Target, want: Want) -> Result<(Leased, bool), ConnectError> {
+        if want != Want::Upgradable && target.prefers_h2() {
+            return self.open_h2(target, want).await;
+        }
+        Ok((self.open(target, want == Want::Upgradable).await?, false))
     }
 
     /// Closes every kept connection: the backend was ejected, or its process or address has changed. Those

@@ -5,9 +5,10 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
-use http::{HeaderValue, Method, Request, Uri, Version, header, request, response};
+use http::{HeaderValue, Method, Request, Response, Uri, Version, header, request, response};
 use http_body::{Body, Frame};
 use hyper::body::Incoming;
+use hyper::client::conn::TrySendError;
 
 use crate::upstream::{H1, H2Stream, Lane, Lease, Leased, OutBody, Target, Traffic};
 
@@ -47,46 +48,50 @@ pub enum SendFailure {
     Upload,
 }
 
+/// The exchange under way: resolves to the response head. Dropping it closes the connection (HTTP/1.1) or
+/// resets the stream (HTTP/2). Boxed, so that what waits for it need not carry its state about.
+pub type Sending = Pin<Box<dyn Future<Output = Result<Answer, SendError>> + Send>>;
+
 impl Lease {
-    /// Sends a request and resolves to the response head. `head.uri` is in origin form; `Host` or `:authority`
-    /// is the target's. Dropping the future closes the connection (HTTP/1.1) or resets the stream (HTTP/2).
-    pub fn send(
-        self,
-        target: &Target,
-        mut head: request::Parts,
-        body: OutBody,
-    ) -> impl Future<Output = Result<Answer, SendError>> + Send + use<> {
-        let authority = target.authority.clone();
-        let secure = target.tls.is_some();
-        async move {
-            let lane = self.lane;
-            match self.connection {
-                Leased::H1(h1) => {
-                    head.version = Version::HTTP_11;
-                    let host = HeaderValue::from_str(authority.as_str());
-                    head.headers.insert(header::HOST, host.unwrap_or(HeaderValue::from_static("localhost")));
-                    // RFC 9110 §8.6: where a body is usual, its absence is said. hyper does not say it.
-                    let usual = matches!(head.method, Method::POST | Method::PUT | Method::PATCH);
-                    if usual && matches!(body, OutBody::Empty) {
-                        head.headers.insert(header::CONTENT_LENGTH, HeaderValue::from_static("0"));
-                    }
-                    send_h1(lane, h1, Request::from_parts(head, body)).await
+    /// Sends a request. `head.uri` is in origin form; `Host` or `:authority` is the target's.
+    pub fn send(self, target: &Target, mut head: request::Parts, body: OutBody) -> Sending {
+        let lane = self.lane;
+        match self.connection {
+            Leased::H1(h1) => {
+                head.version = Version::HTTP_11;
+                head.headers.insert(header::HOST, target.host.clone());
+                // RFC 9110 §8.6: where a body is usual, its absence is said. hyper does not say it.
+                let usual = matches!(head.method, Method::POST | Method::PUT | Method::PATCH);
+                if usual && matches!(body, OutBody::Empty) {
+                    head.headers.insert(header::CONTENT_LENGTH, HeaderValue::from_static("0"));
                 }
-                Leased::H2(stream) => {
-                    head.version = Version::HTTP_2;
-                    head.headers.remove(header::HOST);
-                    head.uri = absolute(&head.uri, authority, secure);
-                    send_h2(lane, stream, Request::from_parts(head, body)).await
-                }
+                send_h1(lane, h1, Request::from_parts(head, body))
+            }
+            Leased::H2(stream) => {
+                head.version = Version::HTTP_2;
+                head.headers.remove(header::HOST);
+                head.uri = absolute(&head.uri, target.authority.clone(), target.tls.is_some());
+                Box::pin(send_h2(lane, stream, Request::from_parts(head, body)))
             }
         }
     }
 }
 
-async fn send_h1(lane: Arc<Lane>, mut h1: H1, request: Request<OutBody>) -> Result<Answer, SendError> {
+fn send_h1(lane: Arc<Lane>, mut h1: H1, request: Request<OutBody>) -> Sending {
     h1.traffic.mark();
     let before = (h1.traffic.written(), h1.traffic.read());
-    match h1.sender.try_send_request(request).await {
+    // Handed over here, so that only what waits for the answer is boxed.
+    let sent = h1.sender.try_send_request(request);
+    Box::pin(h1_answer(lane, h1, before, sent))
+}
+
+async fn h1_answer(
+    lane: Arc<Lane>,
+    h1: H1,
+    before: (u64, u64),
+    sent: impl Future<Output = Result<Response<Incoming>, TrySendError<Request<OutBody>>>>,
+) -> Result<Answer, SendError> {
+    match sent.await {
         Ok(response) => {
             let (mut head, incoming) = response.into_parts();
             // Of this connection, not of the client's.
