@@ -269,7 +269,11 @@ fn prose_is_wrapped_and_in_our_words() {
         let is_ours = relative.components().count() == 1 || relative.starts_with("docs");
         for (number, line) in prose(&text) {
             let at = format!("{}:{number}", relative.display());
-            if is_ours && !line.starts_with('|') && !line.starts_with("    ") && line.chars().count() > LINE_CHARS_MAX {
+            if is_ours
+                && !line.starts_with('|')
+                && !line.starts_with("    ")
+                && line.chars().count() > LINE_CHARS_MAX
+            {
                 wrong.push(format!("{at}: longer than {LINE_CHARS_MAX} characters"));
             }
             let lower = line.to_lowercase();

@@ -53,10 +53,10 @@ pub(super) struct Exchange {
     rounds: u32,
     /// The next attempt needs a new connection.
     fresh: bool,
+    /// How the latest attempt failed.
+    failed: Option<Facts>,
     /// The latest answer that was not good enough.
     last: Option<Answer>,
-    /// How the latest attempt failed of which something was sent.
-    failed: Option<Cause>,
     /// A fault that may turn out to be the request's own.
     blamed: Option<Receipt>,
     /// Between attempts.
@@ -88,8 +88,8 @@ impl Exchange {
             tried: SmallVec::new(),
             rounds: 0,
             fresh: false,
-            last: None,
             failed: None,
+            last: None,
             blamed: None,
             alarm: None,
             wait_until: None,
@@ -125,9 +125,7 @@ impl Exchange {
             let nobody = match self.pick() {
                 Ok(choice) => return Ok(choice),
                 Err(Nobody::AllTried) => {
-                    let Some(until) = self.may_wait(Nobody::AllTried) else {
-                        return Err(self.nobody_else());
-                    };
+                    let Some(until) = self.may_wait(Nobody::AllTried) else { return Err(self.all_failed()) };
                     self.back_off(until).await;
                     self.tried.clear();
                     continue;
@@ -145,6 +143,15 @@ impl Exchange {
                     self.follow_reload();
                 }
             }
+        }
+    }
+
+    /// Everybody was tried and there is no time for another round.
+    fn all_failed(&self) -> Refusal {
+        match self.failed {
+            Some(Facts { sent: true, cause, .. }) => Refusal::Failed { cause, enough: "all_tried" },
+            // Nobody has even seen the request.
+            Some(_) | None => Refusal::Down,
         }
     }
 
@@ -175,14 +182,6 @@ impl Exchange {
         self.rounds += 1;
         let pause = self.worker.with_rng(|rng| backoff(&self.policy, self.rounds, rng));
         tokio::time::sleep(pause.min(until.since(clock::now()))).await;
-    }
-
-    /// Everyone was tried, and waiting is over.
-    fn nobody_else(&self) -> Refusal {
-        match self.failed {
-            Some(cause) => Refusal::Failed { cause, enough: "no_other_backend" },
-            None => Refusal::Down,
-        }
     }
 
     /// How long a backend may be waited for; `None` when it is enough or would be for nothing.
@@ -318,9 +317,7 @@ impl Exchange {
     /// On to the next attempt.
     fn set_aside(&mut self, choice: &Choice, outcome: Outcome, watch: Watch, next: Next) {
         self.history.add(&outcome.facts);
-        if outcome.facts.sent {
-            self.failed = Some(outcome.facts.cause);
-        }
+        self.failed = Some(outcome.facts);
         self.pool.state.metrics.count_retry(outcome.facts.cause.name());
         self.fresh = next == Next::Again;
         if next == Next::Failover {
