@@ -108,14 +108,22 @@ fn check_host(head: &request::Parts) -> Result<(), Refusal> {
     if fine { Ok(()) } else { Err(Refusal::Invalid("a request needs exactly one Host header field")) }
 }
 
-/// The fields a backend is to see.
-pub(super) fn outgoing_headers(head: &mut request::Parts, endpoint: Endpoint, client: &Client) -> HeaderMap {
+/// The fields a backend is to see. `Host` and the request id are in it already, so that setting them for an
+/// attempt makes no map grow.
+pub(super) fn outgoing_headers(
+    head: &mut request::Parts,
+    endpoint: Endpoint,
+    client: &Client,
+    id: &HeaderValue,
+) -> HeaderMap {
     let mut fields = std::mem::take(&mut head.headers);
     headers::strip_hop_by_hop(&mut fields);
     headers::forward(&mut fields, &head.uri, client);
     if head.version == Version::HTTP_2 {
         headers::join_cookies(&mut fields);
     }
+    fields.entry(header::HOST).or_insert(HeaderValue::from_static(""));
+    fields.insert(headers::X_REQUEST_ID, id.clone());
     // The body's length is set anew by whoever sends it; 100-continue was between the client and us.
     fields.remove(header::CONTENT_LENGTH);
     fields.remove(header::EXPECT);

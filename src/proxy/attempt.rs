@@ -256,8 +256,8 @@ impl Attempt<'_> {
         };
         head.headers = asked.headers.clone();
         let headers = &mut head.headers;
-        headers.insert(headers::X_REQUEST_ID, headers::attempt_id(&asked.id, self.number));
         if self.number > 1 {
+            headers.insert(headers::X_REQUEST_ID, headers::attempt_id(&asked.id, self.number));
             headers.insert(headers::X_EVERGATE_ATTEMPT, self.number.into());
         }
         for (name, value) in &params.headers {

@@ -38,6 +38,13 @@ const HOP_BY_HOP: [HeaderName; 6] = [
 
 /// Removes what belongs to one connection only. `TE: trailers` survives, as gRPC needs it.
 pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap) {
+    // One look over the names is cheaper than looking each of them up, and most messages have none.
+    if headers.keys().any(|name| HOP_BY_HOP.contains(name) || *name == header::TE) {
+        strip_found(headers);
+    }
+}
+
+fn strip_found(headers: &mut HeaderMap) {
     let nominated: SmallVec<[HeaderName; 4]> = headers
         .get_all(header::CONNECTION)
         .iter()
@@ -117,17 +124,16 @@ pub(super) fn join_cookies(headers: &mut HeaderMap) {
 /// Tells the backend who asks. What an untrusted peer claims is replaced, what a trusted one says is extended.
 pub(super) fn forward(headers: &mut HeaderMap, uri: &Uri, client: &Client) {
     let host = host(headers, uri).and_then(|host| HeaderValue::from_str(host).ok());
-    headers.remove(header::HOST);
     let peer = client.peer.ip();
     let proto = if client.tls { "https" } else { "http" };
     if client.trusted {
-        extend_list(headers, &X_FORWARDED_FOR, &peer.to_string());
+        extend_list(headers, &X_FORWARDED_FOR, client.forwarded_for.as_bytes());
         headers.entry(X_FORWARDED_PROTO).or_insert(HeaderValue::from_static(proto));
         if let Some(host) = &host {
             headers.entry(X_FORWARDED_HOST).or_insert_with(|| host.clone());
         }
     } else {
-        headers.insert(X_FORWARDED_FOR, ascii(&peer.to_string()));
+        headers.insert(X_FORWARDED_FOR, client.forwarded_for.clone());
         headers.insert(X_FORWARDED_PROTO, HeaderValue::from_static(proto));
         match &host {
             Some(host) => drop(headers.insert(X_FORWARDED_HOST, host.clone())),
@@ -138,7 +144,7 @@ pub(super) fn forward(headers: &mut HeaderMap, uri: &Uri, client: &Client) {
     if headers.contains_key(header::FORWARDED) {
         let element = forwarded_element(peer, proto, host.as_ref());
         if client.trusted {
-            extend_list(headers, &header::FORWARDED, &element);
+            extend_list(headers, &header::FORWARDED, element.as_bytes());
         } else {
             headers.insert(header::FORWARDED, ascii(&element));
         }
@@ -157,13 +163,13 @@ fn forwarded_element(peer: IpAddr, proto: &str, host: Option<&HeaderValue>) -> S
     element
 }
 
-fn extend_list(headers: &mut HeaderMap, name: &HeaderName, element: &str) {
+fn extend_list(headers: &mut HeaderMap, name: &HeaderName, element: &[u8]) {
     let mut list: Vec<u8> = Vec::new();
     for value in headers.get_all(name) {
         list.extend_from_slice(value.as_bytes());
         list.extend_from_slice(b", ");
     }
-    list.extend_from_slice(element.as_bytes());
+    list.extend_from_slice(element);
     if let Ok(value) = HeaderValue::from_bytes(&list) {
         headers.insert(name.clone(), value);
     }
@@ -219,7 +225,7 @@ mod tests {
     use std::sync::Arc;
 
     fn client(trusted: bool) -> Client {
-        Client { peer: "192.0.2.7:4711".parse().unwrap(), tls: true, trusted, listener: Arc::from("l") }
+        Client::new("192.0.2.7:4711".parse().unwrap(), true, trusted, Arc::from("l"))
     }
 
     fn map(fields: &[(&str, &str)]) -> HeaderMap {

@@ -103,7 +103,7 @@ impl Worker {
             idle: config.client_clocks.upload_idle,
             keep: endpoint.is_inference() && dialect != Dialect::Grpc,
         };
-        let mut body = ReplayBody::receive(incoming, &bounds, || self.alarms.alarm()).await?;
+        let mut body = ReplayBody::receive(incoming, &bounds, &self.alarms).await?;
         ledger.bytes_in = body.bytes().map_or(0, |bytes| bytes.len() as u64);
 
         let readable = body.bytes().filter(|_| !head.headers.contains_key(header::CONTENT_ENCODING)).cloned();
@@ -146,7 +146,7 @@ impl Worker {
             uploads: body.is_streamed(),
             total: total.map(|total| ledger.started + total),
             limits: config.limits.clone(),
-            headers: admit::outgoing_headers(head, endpoint, client),
+            headers: admit::outgoing_headers(head, endpoint, client, &ledger.id),
         };
         Ok((asked, body, pool.clone(), policy))
     }

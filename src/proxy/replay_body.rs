@@ -12,7 +12,7 @@ use bytes::{Bytes, BytesMut};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 
-use crate::clock::{self, Alarm};
+use crate::clock::{self, Alarm, Alarms};
 use crate::policy::Moment;
 use crate::proxy::respond::Refusal;
 use crate::proxy::worker::{Held, Memory};
@@ -48,21 +48,21 @@ pub(super) struct Bounds<'a> {
 }
 
 impl ReplayBody {
-    /// Takes in `incoming` as far as it is to be kept. `alarm` serves the silence clock.
+    /// Takes in `incoming` as far as it is to be kept. `alarms` serves the silence clock.
     ///
     /// # Errors
     /// The client's: too large, silent, or broken off.
     pub(super) async fn receive(
         incoming: Incoming,
         bounds: &Bounds<'_>,
-        alarm: impl FnOnce() -> Alarm,
+        alarms: &Alarms,
     ) -> Result<Self, Refusal> {
         if incoming.is_end_stream() {
             return Ok(Self::Empty);
         }
         let announced = incoming.size_hint().exact();
         let small = announced.is_some_and(|length| length <= SMALL_BODY_BYTES);
-        let mut upload = Upload::new(incoming, bounds, alarm());
+        let mut upload = Upload::new(incoming, bounds, alarms);
         if !bounds.keep && !small {
             return Ok(Self::streamed(upload));
         }
@@ -181,7 +181,9 @@ pub(super) struct Upload {
     received: u64,
     bytes_max: u64,
     idle: std::time::Duration,
-    alarm: Alarm,
+    alarms: Alarms,
+    /// Made when the body makes us wait for the first time; most are here with their head.
+    alarm: Option<Alarm>,
     since: Moment,
     waiting: bool,
     /// Why it did not go on.
@@ -189,14 +191,15 @@ pub(super) struct Upload {
 }
 
 impl Upload {
-    fn new(incoming: Incoming, bounds: &Bounds<'_>, alarm: Alarm) -> Self {
+    fn new(incoming: Incoming, bounds: &Bounds<'_>, alarms: &Alarms) -> Self {
         Self {
             prefix: None,
             incoming,
             received: 0,
             bytes_max: bounds.limits.body_bytes_max,
             idle: bounds.idle,
-            alarm,
+            alarms: alarms.clone(),
+            alarm: None,
             since: clock::now(),
             waiting: false,
             fault: Arc::default(),
@@ -233,9 +236,10 @@ impl Upload {
             Poll::Pending => {
                 if !self.waiting {
                     (self.waiting, self.since) = (true, clock::now());
-                    self.alarm.set(self.since + self.idle);
+                    self.alarm.get_or_insert_with(|| self.alarms.alarm()).set(self.since + self.idle);
                 }
-                match self.alarm.poll_expired(cx) {
+                let expired = self.alarm.as_ref().map_or(Poll::Pending, |alarm| alarm.poll_expired(cx));
+                match expired {
                     Poll::Ready(()) => Poll::Ready(Some(Err(Refusal::UploadTimeout))),
                     Poll::Pending => Poll::Pending,
                 }

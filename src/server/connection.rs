@@ -127,12 +127,8 @@ pub(super) async fn serve<H: Answers>(
     let tls = listening.tls();
     // One spelling for IPv4, whatever the listener's socket made of it.
     let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
-    let client = Arc::new(Client {
-        peer,
-        tls: tls.is_some(),
-        trusted: listening.trusts(peer.ip()),
-        listener: Arc::clone(listening.name()),
-    });
+    let trusted = listening.trusts(peer.ip());
+    let client = Arc::new(Client::new(peer, tls.is_some(), trusted, Arc::clone(listening.name())));
     let opened = match tls {
         None => sniff(tcp, &watch, &context.telemetry).await,
         Some(config) => match handshake(tcp, TlsAcceptor::from(config), &watch).await {
