@@ -43,7 +43,7 @@ pub struct Plan {
     pub source: Option<Source>,
 }
 
-/// A running evergate. Dropping it ends it at once; [`drain`](Self::drain) ends it gently.
+/// A running evergate. Dropping it ends it at once; [`end`](Self::end) ends it gently.
 pub struct Running {
     directory: Arc<Directory>,
     listeners: Arc<Listeners>,

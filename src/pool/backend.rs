@@ -288,9 +288,13 @@ impl Backend {
             return self.whole.clone();
         }
         // Whether the address answers at all is judged by `whole`; a model starts without a record against it.
-        let record = Arc::new(Record::new(Arrival::Founder, policy));
+        let record = Arc::new(Record::new(Arrival::Model, policy));
         records.push((model.to_owned(), record.clone()));
         record
+    }
+
+    pub(super) fn model_names(&self) -> Vec<String> {
+        self.by_model.read().iter().map(|(name, _)| name.clone()).collect()
     }
 
     /// Judges by model, for status pages.

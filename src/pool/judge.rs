@@ -39,6 +39,10 @@ impl Choice {
         };
         let model = self.model_of(record);
         self.pool.observe(self.index, record, model.as_deref(), observation, rng);
+        // Whatever model it serves, the address works; a failure is only the model's until the address fails.
+        if model.is_some() && matches!(observation, Observation::Success | Observation::FirstToken) {
+            self.pool.observe(self.index, self.backend().whole(), None, observation, rng);
+        }
     }
 
     /// Whether the backend serves others, so that a failure may be the request's own.
@@ -146,60 +150,76 @@ impl Pool {
         if self.retired.load(Ordering::Acquire) {
             return;
         }
-        for (i, member) in self.members.iter().enumerate() {
-            self.settle_one(i, member.backend.whole(), None, now);
-            for (model, record) in member.backend.models() {
-                self.settle_one(i, &record, Some(&model), now);
-            }
+        self.settle_model(None, now);
+        let mut models: Vec<String> = self.members.iter().flat_map(|m| m.backend.model_names()).collect();
+        models.sort_unstable();
+        models.dedup();
+        for model in &models {
+            self.settle_model(Some(model), now);
         }
     }
 
-    fn settle_one(&self, i: usize, record: &Arc<Record>, model: Option<&str>, now: Moment) {
-        for _ in 0..TRANSITIONS_PER_TICK {
-            let peers = self.peers(i, model, now);
-            let policy = &self.config.health;
-            let Some(transition) = record.judge(policy, now, |health| health.tick(policy, now, &peers))
-            else {
-                return;
-            };
-            self.publish(i, record, model, &transition);
+    fn settle_model(&self, model: Option<&str>, now: Moment) {
+        let policy = &self.config.health;
+        let mut census = self.census(model, now);
+        for i in 0..self.members.len() {
+            let record = self.record(i, model);
+            for _ in 0..TRANSITIONS_PER_TICK {
+                let peers = census.without(i);
+                let transition = record.judge(policy, now, |health| health.tick(policy, now, &peers));
+                let Some(transition) = transition else { break };
+                self.publish(i, &record, model, &transition);
+                // Rare; and those who come after must see it.
+                census = self.census(model, now);
+            }
         }
     }
 
     fn peers(&self, i: usize, model: Option<&str>, now: Moment) -> Peers {
-        let mut peers = Peers { everyone_refusing: true, ..Peers::default() };
-        let mut rates = Vec::new();
-        let mut refusing = false;
-        for (j, member) in self.members.iter().enumerate() {
-            if member.backend.admin() != Administrative::Enabled {
-                continue;
-            }
-            peers.members += 1;
-            let record = self.record(j, model);
-            peers.anyone_ever_passed |= member.backend.whole().read(|health| health.ever_passed());
-            match member.backend.whole().read(|health| health.operational()) {
-                Operational::Refusing => refusing = true,
-                Operational::Unhealthy | Operational::Ejected { .. } | Operational::AwaitsProbe => {}
-                Operational::Unknown
-                | Operational::Healthy
-                | Operational::SlowStart
-                | Operational::Probation => peers.everyone_refusing = false,
-            }
-            if j == i {
-                continue;
-            }
-            if matches!(self.standing(j, model, now), Standing::Eligible { .. }) {
-                peers.others_eligible += 1;
-            }
-            let ejected = |record: &Record| record.read(|health| health.is_ejected());
-            if ejected(&record) || ejected(member.backend.whole()) {
-                peers.others_ejected += 1;
-            }
-            rates.extend(record.read(|health| health.success_rate(now)));
+        self.census(model, now).without(i)
+    }
+
+    /// What the judges must know of each other, taken once for all of them.
+    fn census(&self, model: Option<&str>, now: Moment) -> Census {
+        let members = self.members.iter().enumerate();
+        let entries: Vec<Entry> = members.map(|(j, member)| self.entry(j, member, model, now)).collect();
+        let mut rates: Vec<f64> = entries.iter().filter_map(|entry| entry.rate).collect();
+        rates.sort_unstable_by(f64::total_cmp);
+        let count = |holds: fn(&Entry) -> bool| entries.iter().filter(|entry| holds(entry)).count();
+        Census {
+            enabled: count(|entry| entry.enabled),
+            eligible: count(|entry| entry.eligible),
+            ejected: count(|entry| entry.ejected),
+            anyone_ever_passed: entries.iter().any(|entry| entry.ever_passed),
+            everyone_refusing: count(|entry| entry.refuses) > 0 && count(|entry| entry.accepts) == 0,
+            entries,
+            rates,
         }
-        peers.everyone_refusing &= refusing;
-        peers.median_success = median(&mut rates);
-        peers
+    }
+
+    fn entry(&self, j: usize, member: &Member, model: Option<&str>, now: Moment) -> Entry {
+        if member.backend.admin() != Administrative::Enabled {
+            return Entry::default();
+        }
+        let (record, whole) = (self.record(j, model), member.backend.whole());
+        let (operational, ever_passed) = whole.read(|health| (health.operational(), health.ever_passed()));
+        let (refuses, accepts) = match operational {
+            Operational::Refusing => (true, false),
+            Operational::Unhealthy | Operational::Ejected { .. } | Operational::AwaitsProbe => (false, false),
+            Operational::Unknown | Operational::Healthy | Operational::SlowStart | Operational::Probation => {
+                (false, true)
+            }
+        };
+        let (ejected, rate) = record.read(|health| (health.is_ejected(), health.success_rate(now)));
+        Entry {
+            enabled: true,
+            eligible: matches!(self.standing(j, model, now), Standing::Eligible { .. }),
+            ejected: ejected || whole.read(|health| health.is_ejected()),
+            ever_passed,
+            refuses,
+            accepts,
+            rate,
+        }
     }
 
     /// Tells a transition, and does what follows from it.
@@ -319,6 +339,55 @@ impl Pool {
     }
 }
 
+/// What a judge must know of one backend. All false, and no rate, for one that is not enabled.
+#[derive(Clone, Copy, Debug, Default)]
+struct Entry {
+    enabled: bool,
+    eligible: bool,
+    ejected: bool,
+    ever_passed: bool,
+    refuses: bool,
+    accepts: bool,
+    rate: Option<f64>,
+}
+
+/// All entries, and their sums: `Peers` of one backend are the sums without its own.
+struct Census {
+    entries: Vec<Entry>,
+    enabled: usize,
+    eligible: usize,
+    ejected: usize,
+    anyone_ever_passed: bool,
+    everyone_refusing: bool,
+    /// In their order.
+    rates: Vec<f64>,
+}
+
+impl Census {
+    fn without(&self, i: usize) -> Peers {
+        let own = &self.entries[i];
+        Peers {
+            members: self.enabled,
+            others_eligible: self.eligible - usize::from(own.eligible),
+            others_ejected: self.ejected - usize::from(own.ejected),
+            median_success: self.median_without(own.rate),
+            anyone_ever_passed: self.anyone_ever_passed,
+            everyone_refusing: self.everyone_refusing,
+        }
+    }
+
+    fn median_without(&self, own: Option<f64>) -> Option<f64> {
+        let skipped = own.map_or(self.rates.len(), |own| self.rates.partition_point(|rate| *rate < own));
+        let others = self.rates.len() - usize::from(own.is_some());
+        let nth = |n: usize| self.rates.get(n + usize::from(n >= skipped)).copied();
+        match others {
+            0 => None,
+            odd if odd % 2 == 1 => nth(odd / 2),
+            even => Some((nth(even / 2 - 1)? + nth(even / 2)?) / 2.0),
+        }
+    }
+}
+
 fn median(values: &mut [f64]) -> Option<f64> {
     if values.is_empty() {
         return None;
@@ -326,4 +395,38 @@ fn median(values: &mut [f64]) -> Option<f64> {
     values.sort_unstable_by(f64::total_cmp);
     let middle = values.len() / 2;
     Some(if values.len() % 2 == 1 { values[middle] } else { (values[middle - 1] + values[middle]) / 2.0 })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn the_median_without_one_is_the_median_of_the_others(
+            rates in prop::collection::vec(prop::option::of(0u8..5), 1..12),
+            i in any::<prop::sample::Index>(),
+        ) {
+            let entries: Vec<Entry> = rates
+                .iter()
+                .map(|rate| Entry { rate: rate.map(f64::from), ..Entry::default() })
+                .collect();
+            let i = i.index(entries.len());
+            let mut sorted: Vec<f64> = entries.iter().filter_map(|entry| entry.rate).collect();
+            sorted.sort_unstable_by(f64::total_cmp);
+            let others = entries.iter().enumerate().filter(|(j, _)| *j != i);
+            let mut others: Vec<f64> = others.filter_map(|(_, entry)| entry.rate).collect();
+            let census = Census {
+                rates: sorted,
+                enabled: 0,
+                eligible: 0,
+                ejected: 0,
+                anyone_ever_passed: false,
+                everyone_refusing: false,
+                entries,
+            };
+            prop_assert_eq!(census.without(i).median_success, median(&mut others));
+        }
+    }
 }

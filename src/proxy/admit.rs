@@ -1,5 +1,6 @@
 //! Reading a request's head: what is asked, in whose words, and whether it may be asked at all.
 
+use std::borrow::Cow;
 use std::fmt::Write;
 
 use http::uri::PathAndQuery;
@@ -140,6 +141,30 @@ pub(super) fn target(head: &request::Parts) -> PathAndQuery {
     head.uri.path_and_query().cloned().unwrap_or(PathAndQuery::from_static("/"))
 }
 
+/// The model that the path names, as it is written there: of KServe, or an entry of the list.
+pub(super) fn model_in_path(endpoint: Endpoint, path: &str) -> Option<&str> {
+    match endpoint {
+        Endpoint::Models => path.strip_prefix("/v1/models/"),
+        _ => Endpoint::model_in_path(path),
+    }
+}
+
+/// A part of a path without its percent-encoding; as it is where that is broken.
+pub(super) fn decoded(part: &str) -> Cow<'_, str> {
+    if !part.contains('%') {
+        return part.into();
+    }
+    let mut pieces = part.split('%');
+    let mut bytes = pieces.next().unwrap_or_default().as_bytes().to_vec();
+    for piece in pieces {
+        let hex = piece.get(..2).filter(|hex| hex.bytes().all(|digit| digit.is_ascii_hexdigit()));
+        let Some(byte) = hex.and_then(|hex| u8::from_str_radix(hex, 16).ok()) else { return part.into() };
+        bytes.push(byte);
+        bytes.extend_from_slice(&piece.as_bytes()[2..]);
+    }
+    String::from_utf8(bytes).map_or(part.into(), Cow::Owned)
+}
+
 /// `target` with the backends' name of the model where the path has the client's (KServe).
 pub(super) fn renamed_target(target: &PathAndQuery, model: &str, name: &str) -> Option<PathAndQuery> {
     let (before, after) = target.as_str().split_once(&format!("/models/{model}"))?;
@@ -168,5 +193,19 @@ mod tests {
         assert_eq!(renamed("/v2/models/a/infer?a=a", "a", "b"), some("/v2/models/b/infer?a=a"));
         assert_eq!(renamed("/v1/models/a:predict", "a", "org/b c"), some("/v1/models/org%2Fb%20c:predict"));
         assert_eq!(renamed("/v1/embeddings", "a", "b"), None);
+    }
+
+    #[test]
+    fn a_name_in_a_path_may_be_encoded() {
+        for (written, meant) in [
+            ("a", "a"),
+            ("org%2Fb%20c", "org/b c"),
+            ("50%", "50%"),
+            ("%zz", "%zz"),
+            ("%+1", "%+1"),
+            ("%ff", "%ff"),
+        ] {
+            assert_eq!(decoded(written), meant);
+        }
     }
 }

@@ -110,8 +110,9 @@ impl Worker {
         let bytes = readable.unwrap_or_default();
         // What is no JSON object the engine refuses in its own words.
         let facts = request_facts(endpoint, &bytes).unwrap_or_default();
-        let in_path = Endpoint::model_in_path(head.uri.path());
-        let named = facts.model.as_deref().or(in_path);
+        let in_path = admit::model_in_path(endpoint, head.uri.path());
+        let decoded = in_path.map(admit::decoded);
+        let named = facts.model.as_deref().or(decoded.as_deref());
         let routed = route(snapshot, head, named)?;
         let pool = &snapshot.pools[routed.pool];
         ledger.routed(pool, named);

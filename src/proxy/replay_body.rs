@@ -70,15 +70,15 @@ impl ReplayBody {
         if announced.is_some_and(|length| length > max as u64) {
             return Ok(Self::streamed(upload));
         }
-        let mut held = Held::default();
-        if !held.grow(bounds.memory, announced.unwrap_or(0), bounds.limits.memory_max) {
+        if bounds.memory.held() + announced.unwrap_or(0) > bounds.limits.memory_max {
             return Err(Refusal::Memory);
         }
+        // What was announced takes no memory until it comes, or a few idle clients would take it all.
+        let mut held = Held::default();
         let mut whole = Gathered::new(announced);
         while let Some(chunk) = std::future::poll_fn(|cx| upload.poll_chunk(cx)).await {
             let chunk = chunk?;
-            let more = if announced.is_some() { 0 } else { chunk.len() as u64 };
-            let fits = held.grow(bounds.memory, more, bounds.limits.memory_max);
+            let fits = held.grow(bounds.memory, chunk.len() as u64, bounds.limits.memory_max);
             whole.push(chunk);
             if whole.len() > max || !fits {
                 upload.prefix = Some(whole.finish());

@@ -181,9 +181,9 @@ async fn open_unbounded(target: &Target, upgradable: bool) -> Result<Opened, Con
         return handshake(target, tcp, target.http == UpstreamHttp::Http2, upgradable).await;
     };
     let (connector, name) =
-        tls.for_host(target.authority.host()).map_err(|e| fail(ConnectFailure::Tls, e))?;
+        tls.for_host(target.authority.host(), upgradable).map_err(|e| fail(ConnectFailure::Tls, e))?;
     let stream = connector.connect(name, tcp).await.map_err(|e| fail(ConnectFailure::Tls, e))?;
-    let h2 = stream.get_ref().1.alpn_protocol() == Some(b"h2") && !upgradable;
+    let h2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
     handshake(target, stream, h2, upgradable).await
 }
 

@@ -16,6 +16,8 @@ use crate::config::{UpstreamHttp, UpstreamTls};
 #[derive(Clone)]
 pub struct Tls {
     connector: TlsConnector,
+    /// Offers HTTP/1.1 alone.
+    http1: TlsConnector,
     server_name: Option<String>,
 }
 
@@ -39,24 +41,32 @@ impl Tls {
                 .map_err(|e| io::Error::other(format!("{}: {e}", certificate.display())))?,
             None => builder.with_no_client_auth(),
         };
+        config.alpn_protocols = vec![b"http/1.1".to_vec()];
+        let http1 = TlsConnector::from(Arc::new(config.clone()));
         config.alpn_protocols = match http {
             UpstreamHttp::Auto => vec![b"h2".to_vec(), b"http/1.1".to_vec()],
             UpstreamHttp::Http1 => vec![b"http/1.1".to_vec()],
             UpstreamHttp::Http2 => vec![b"h2".to_vec()],
         };
-        Ok(Self { connector: TlsConnector::from(Arc::new(config)), server_name: tls.server_name.clone() })
+        let connector = TlsConnector::from(Arc::new(config));
+        Ok(Self { connector, http1, server_name: tls.server_name.clone() })
     }
 
-    /// The connector and the name to ask `host` for.
+    /// The connector and the name to ask `host` for. An `upgradable` connection is never HTTP/2, which has
+    /// no such switch.
     ///
     /// # Errors
     /// When the name is no valid server name.
-    pub(super) fn for_host(&self, host: &str) -> io::Result<(&TlsConnector, ServerName<'static>)> {
+    pub(super) fn for_host(
+        &self,
+        host: &str,
+        upgradable: bool,
+    ) -> io::Result<(&TlsConnector, ServerName<'static>)> {
         let name = self.server_name.as_deref().unwrap_or(host);
         let name = name.trim_start_matches('[').trim_end_matches(']');
         let server = ServerName::try_from(name.to_owned())
             .map_err(|_| io::Error::other(format!("{name} is not a valid server name")))?;
-        Ok((&self.connector, server))
+        Ok((if upgradable { &self.http1 } else { &self.connector }, server))
     }
 }
 

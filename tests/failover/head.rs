@@ -53,6 +53,41 @@ async fn f05_a_stale_connection_is_replayed_once_on_a_fresh_one_and_is_nobodys_f
 }
 
 #[tokio::test]
+async fn f05_a_connection_that_closed_while_it_was_kept_costs_no_attempt() {
+    for http in Http::BOTH {
+        let closing = Backend::start(Script::new().by_request(|request| {
+            let answer = reply::healthy(request, &reply::Talk::default());
+            if request.is_probe() { answer } else { answer.then(Step::Fin) }
+        }))
+        .await;
+        let proxy = Proxy::start(&in_order(&[&closing.url()]));
+        for _ in 0..5 {
+            assert_is_right(&http.send(proxy.addr, &chat_request(true)).await, true);
+            eventually(PATIENCE, || closing.open_connections() == 0).await;
+            // It is noticed when the worker's thread has looked; nothing outside shows when that was.
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        assert_eq!(closing.requests().len(), 5);
+        assert!(closing.requests().iter().all(|seen| seen.header("x-evergate-attempt").is_none()));
+        proxy.is_quiet().await;
+    }
+}
+
+#[tokio::test]
+async fn f05_a_kept_connection_is_not_used_beyond_its_age() {
+    for http in Http::BOTH {
+        let engine = Backend::healthy().await;
+        let proxy = Proxy::start(&in_order(&[&engine.url()]).set("pool.clocks.idle", "50ms"));
+        for _ in 0..3 {
+            assert_is_right(&http.send(proxy.addr, &chat_request(true)).await, true);
+            tokio::time::sleep(Duration::from_millis(80)).await;
+        }
+        assert!(engine.requests().iter().all(|request| request.index == 0));
+        proxy.is_quiet().await;
+    }
+}
+
+#[tokio::test]
 async fn f05_what_must_not_be_sent_twice_goes_over_a_fresh_connection() {
     for http in Http::BOTH {
         let only = Backend::start(closes_on_reuse(Step::Rst)).await;

@@ -8,7 +8,7 @@ use evergate::telemetry::metrics::AttemptOutcome;
 use tokio::task::JoinSet;
 
 use crate::support::backend::{Backend, NeverAccepting, RequestSeen, Script};
-use crate::support::client::chat_request;
+use crate::support::client::{chat_request, chat_request_for};
 use crate::support::either::{
     Http, assert_is_right, assert_is_the_stream, attempts, faults, in_order, state,
 };
@@ -495,4 +495,88 @@ async fn a_dead_address_among_many_is_asked_three_times_and_no_more() {
     }
     assert!(attempts(&proxy, dead.addr(), AttemptOutcome::Fault) <= 3);
     proxy.is_quiet().await;
+}
+
+#[tokio::test]
+async fn a_model_that_fails_at_a_backend_takes_no_other_with_it_and_comes_back() {
+    for http in Http::BOTH {
+        let sound = Arc::new(AtomicBool::new(false));
+        let asked = Arc::clone(&sound);
+        let listed = |request: &RequestSeen| {
+            let models = serde_json::json!({"object": "list", "data": [{"id": "big"}, {"id": "small"}]});
+            if request.path() == "/v1/models" {
+                reply::json(200, &models)
+            } else {
+                reply::healthy(request, &Talk::default())
+            }
+        };
+        let half = Backend::start(Script::new().by_request(move |request| {
+            if request.json()["model"] == "big" && !asked.load(SeqCst) {
+                reply::error(500)
+            } else {
+                listed(request)
+            }
+        }))
+        .await;
+        let peer = Backend::start(Script::new().by_request(listed)).await;
+        let proxy = Proxy::start(
+            &probing(in_order(&[&half.url(), &peer.url()]))
+                .set("pool.models", vec!["big", "small"])
+                .set("pool.health.ejection_min", "200ms"),
+        );
+        proxy.probed().await;
+        let (big, small) = (chat_request_for("big", "x", true), chat_request_for("small", "x", true));
+        for _ in 0..4 {
+            assert_is_the_stream(&http.send(proxy.addr, &big).await);
+            assert_is_the_stream(&http.send(proxy.addr, &small).await);
+        }
+        let of =
+            |model: &str| half.requests().iter().filter(|request| request.json()["model"] == model).count();
+        assert_eq!((of("big"), of("small")), (3, 4), "three faults, and none of them the other model's");
+        sound.store(true, SeqCst);
+        let begin = Instant::now();
+        while of("big") < 4 {
+            assert_is_the_stream(&http.send(proxy.addr, &big).await);
+            tokio::time::sleep(Duration::from_millis(10)).await;
+            assert!(begin.elapsed() < PATIENCE, "the model never came back");
+        }
+        proxy.is_quiet().await;
+    }
+}
+
+#[tokio::test]
+async fn a_backend_of_several_models_comes_back_from_the_dead_by_any_of_them() {
+    for http in Http::BOTH {
+        let listed = |request: &RequestSeen| {
+            let models = serde_json::json!({"object": "list", "data": [{"id": "big"}, {"id": "small"}]});
+            if request.path() == "/v1/models" {
+                reply::json(200, &models)
+            } else {
+                reply::healthy(request, &Talk::default())
+            }
+        };
+        let dying = Backend::start(Script::new().by_request(listed)).await;
+        let peer = Backend::start(Script::new().by_request(listed)).await;
+        let proxy = Proxy::start(
+            &probing(in_order(&[&dying.url(), &peer.url()]))
+                .set("pool.models", vec!["big", "small"])
+                .set("pool.probe.interval", "10s")
+                .set("pool.health.ejection_min", "200ms"),
+        );
+        proxy.probed().await;
+        let (big, small) = (chat_request_for("big", "x", true), chat_request_for("small", "x", true));
+        dying.stop().await;
+        for _ in 0..2 {
+            assert_is_the_stream(&http.send(proxy.addr, &big).await);
+            assert_is_the_stream(&http.send(proxy.addr, &small).await);
+        }
+        assert_ne!(state(&proxy, dying.addr()), "healthy", "refused three times");
+        dying.restart().await;
+        eventually(PATIENCE, || state(&proxy, dying.addr()) == "probation").await;
+        assert_is_the_stream(&http.send(proxy.addr, &small).await);
+        assert_eq!(state(&proxy, dying.addr()), "slow_start");
+        assert_is_the_stream(&http.send(proxy.addr, &big).await);
+        assert_eq!(dying.requests().len(), 2);
+        proxy.is_quiet().await;
+    }
 }

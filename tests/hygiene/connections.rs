@@ -57,7 +57,7 @@ async fn an_idle_connection_is_closed_before_the_backend_would() {
     let builder = ProxyBuilder::new().backend(&backend.url());
     let proxy = Proxy::start(&builder.set("pool.probe.kind", "off").set("pool.clocks.idle", "100ms"));
     send(proxy.addr, &REQUEST).await;
-    backend.closed_by_peer(0).await;
+    backend.closed_by_peer(backend.requests()[0].connection).await;
     send(proxy.addr, &REQUEST).await;
     assert_eq!(connections(&backend.requests()), 2);
 }

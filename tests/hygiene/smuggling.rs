@@ -209,6 +209,6 @@ async fn an_answer_whose_lengths_differ_is_none() {
     let backend = Backend::start(Script::new().answer(vec![Step::send(text)])).await;
     let proxy = Proxy::start(&ProxyBuilder::new().backend(&backend.url()).set("pool.retry.wait_max", "0s"));
     let answer = crate::support::client::send(proxy.addr, &Request::get("/v1/files")).await;
-    assert_eq!(answer.status, 502, "{}", answer.text());
+    assert!(matches!(answer.status, 502 | 503), "{}", answer.text());
     proxy.is_quiet().await;
 }

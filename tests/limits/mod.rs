@@ -132,7 +132,7 @@ async fn a_head_that_is_too_large_is_refused() {
 #[tokio::test]
 async fn an_upload_that_falls_silent_is_given_up() {
     let backend = Backend::healthy().await;
-    let builder = ProxyBuilder::new().backend(&backend.url()).set("client.upload_idle", "150ms");
+    let builder = ProxyBuilder::new().backend(&backend.url()).set("client.upload_idle", "500ms");
     let proxy = Proxy::start(&builder);
     for path in ["/v1/chat/completions", "/v1/files"] {
         let head = Request::new("POST", path).header("content-length", "100000");
@@ -144,7 +144,7 @@ async fn an_upload_that_falls_silent_is_given_up() {
             (408, Some("upload_timeout")),
             "{path}"
         );
-        assert!(answer.elapsed >= Duration::from_millis(150), "{:?}", answer.elapsed);
+        assert!(answer.elapsed >= Duration::from_millis(500), "{:?}", answer.elapsed);
         assert!(client.is_closed_within(PATIENCE).await);
     }
     // Slow is not silent.
@@ -154,7 +154,7 @@ async fn an_upload_that_falls_silent_is_given_up() {
     let (head, body) = bytes.split_at(bytes.len() - 5);
     client.write(head).await.unwrap();
     for byte in body.chunks(1) {
-        tokio::time::sleep(Duration::from_millis(60)).await;
+        tokio::time::sleep(Duration::from_millis(110)).await;
         client.write(byte).await.unwrap();
     }
     assert_eq!(within(PATIENCE, client.try_read_answer("POST")).await.unwrap().status, 200);
@@ -264,6 +264,24 @@ async fn memory_that_is_used_up_is_said_and_comes_back() {
     let gauge =
         || proxy.telemetry.metrics.render().lines().any(|line| line == "evergate_memory_held_bytes 0");
     eventually(PATIENCE, gauge).await;
+}
+
+#[tokio::test]
+async fn what_is_only_announced_takes_no_memory() {
+    let backend = Backend::healthy().await;
+    let proxy = Proxy::start(&ProxyBuilder::new().backend(&backend.url()).set("limits.memory_max", "1MiB"));
+    let mut idle = Vec::new();
+    for _ in 0..4 {
+        let head = Request::new("POST", "/v1/chat/completions").header("content-length", "900000");
+        let mut client = Client::connect(proxy.addr).await;
+        client.write(&[&head.to_bytes()[..], b"{"].concat()).await.unwrap();
+        idle.push(client);
+    }
+    let exchanges = &proxy.telemetry.metrics.exchanges;
+    eventually(PATIENCE, || exchanges.in_flight() == 4).await;
+    assert_eq!(send(proxy.addr, &chat_of(900_000)).await.status, 200);
+    drop(idle);
+    proxy.is_quiet().await;
 }
 
 #[tokio::test]

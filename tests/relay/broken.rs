@@ -408,7 +408,8 @@ async fn tokens_are_passed_on_as_they_come() {
         assert_is_the_stream(&answer);
         // Eleven gaps behind the first token; a buffer would bring them in one.
         assert!(answer.arrivals.len() >= 6, "{:?}", answer.arrivals);
-        assert!(answer.longest_gap() < Duration::from_millis(400), "{:?}", answer.longest_gap());
+        let (first, last) = (answer.arrivals[0].0, answer.arrivals[answer.arrivals.len() - 1].0);
+        assert!(last - first >= Duration::from_millis(400), "{:?}", answer.arrivals);
         proxy.is_quiet().await;
     }
 }

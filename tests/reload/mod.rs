@@ -127,7 +127,7 @@ async fn a_wrong_file_is_refused_and_a_right_one_applied_after_it() {
     assert_eq!(send(proxy.addr, &chat_request(false)).await.status, 200);
     file.write(&text(&b));
     reaches(&proxy, 2).await;
-    assert_eq!(metrics.config_errors.get(), 0);
+    eventually(PATIENCE, || metrics.config_errors.get() == 0).await;
     assert_eq!(send(proxy.addr, &chat_request(false)).await.status, 200);
     assert_eq!((a.requests().len(), b.requests().len()), (1, 1));
     proxy.is_quiet().await;
@@ -186,7 +186,16 @@ async fn a_renewed_certificate_is_shown_to_the_next_client() {
     install(&new);
     file.write(&builder.build_toml());
     reaches(&proxy, 2).await;
-    let mut late = connect(&after).await.unwrap();
+    // In force is first what chooses backends, then what takes clients.
+    let renewed = async {
+        loop {
+            match connect(&after).await {
+                Ok(client) => return client,
+                Err(_) => tokio::time::sleep(Duration::from_millis(5)).await,
+            }
+        }
+    };
+    let mut late = within(PATIENCE, renewed).await;
     assert_eq!(late.send(&chat_request(false)).await.status, 200);
     assert!(connect(&before).await.is_err());
     // A connection that stands is not disturbed.

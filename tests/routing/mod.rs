@@ -271,6 +271,48 @@ async fn models_are_asked_of_a_backend_while_no_list_is_known() {
 }
 
 #[tokio::test]
+async fn one_model_is_asked_of_the_pool_that_has_it() {
+    let model = |name: &'static str| {
+        Script::new().talk(Talk { model: name.to_owned(), ..Talk::default() }).by_request(move |request| {
+            match request.path() {
+                "/health" => reply::json(200, &json!({})),
+                "/v1/models" => {
+                    reply::json(200, &json!({"object": "list", "data": [{"id": name, "object": "model"}]}))
+                }
+                _ => reply::json(200, &json!({"id": name, "object": "model", "target": request.target})),
+            }
+        })
+    };
+    let (a, b) = (Backend::start(model("a")).await, Backend::start(model("org/b")).await);
+    let builder = ProxyBuilder::new()
+        .named_pool("first")
+        .backend(&a.url())
+        .named_pool("second")
+        .backend(&b.url())
+        .set("pool.aliases", table([("bee", "org/b")]));
+    let proxy = Proxy::start(&builder);
+    knows(&proxy, &["a", "org/b"]).await;
+    for (path, id, target) in [
+        ("/v1/models/a", "a", "/v1/models/a"),
+        ("/v1/models/org/b", "org/b", "/v1/models/org/b"),
+        ("/v1/models/org%2Fb", "org/b", "/v1/models/org%2Fb"),
+        ("/v1/models/bee", "org/b", "/v1/models/org%2Fb"),
+    ] {
+        let answer = send(proxy.addr, &Request::get(path)).await;
+        assert_eq!(
+            (answer.status, answer.json()["id"].as_str()),
+            (200, Some(id)),
+            "{path} {}",
+            answer.text()
+        );
+        assert_eq!(answer.json()["target"], target);
+    }
+    let answer = send(proxy.addr, &Request::get("/v1/models/nope")).await;
+    assert_eq!((answer.status, answer.json()["error"]["code"].as_str()), (404, Some("unknown_model")));
+    proxy.is_quiet().await;
+}
+
+#[tokio::test]
 async fn a_model_in_the_path_counts_as_one_in_the_body() {
     let infer = |model: &'static str| {
         Script::new().by_request(move |request| match request.path() {

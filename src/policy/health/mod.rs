@@ -103,13 +103,15 @@ pub struct Peers {
     pub everyone_refusing: bool,
 }
 
-/// How a backend came into its pool.
+/// What is judged, and how it came into its pool.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Arrival {
     /// With the pool itself: while no backend of the pool has ever passed, unknown counts as eligible.
     Founder,
     /// Into a running pool: waits for its first pass, then starts slowly.
     Newcomer,
+    /// One model of a backend, in the backend's shadow: probes ask the backend, so they have no say here.
+    Model,
 }
 
 /// What may be sent to a backend now.
@@ -257,7 +259,7 @@ impl Health {
             doubling: Doubling::default(),
             healthy_since: now,
             ramp_from: match arrival {
-                Arrival::Founder => None,
+                Arrival::Founder | Arrival::Model => None,
                 Arrival::Newcomer => Some(now),
             },
             window: Window::new(),
@@ -268,7 +270,7 @@ impl Health {
             busy: Busy::default(),
             kept_at: None,
             known: Known {
-                probes: policy.probes,
+                probes: policy.probes && arrival != Arrival::Model,
                 fall: policy.fall,
                 window: policy.window,
                 outcomes_min: policy.outcomes_min,
@@ -335,7 +337,7 @@ impl Health {
         _rng: &mut fastrand::Rng,
     ) -> Option<Transition> {
         self.remember(policy, peers);
-        if !policy.probes {
+        if !self.known.probes {
             return None;
         }
         let weak = verdict == ProbeVerdict::WeakPass;
@@ -527,7 +529,7 @@ impl Health {
 
     fn remember(&mut self, policy: &HealthPolicy, peers: &Peers) {
         self.known = Known {
-            probes: policy.probes,
+            probes: policy.probes && self.arrival != Arrival::Model,
             fall: policy.fall,
             window: policy.window,
             outcomes_min: policy.outcomes_min,
@@ -545,6 +547,7 @@ impl Health {
                 Verdict::Unknown => match self.arrival {
                     Arrival::Founder => self.known.someone_passed,
                     Arrival::Newcomer => true,
+                    Arrival::Model => false,
                 },
             }
     }
@@ -576,14 +579,14 @@ impl Health {
         self.served = Some(now);
         self.served_in_a_row = self.served_in_a_row.saturating_add(1);
         match (self.phase, self.probing.verdict) {
-            (Phase::Serving, Verdict::Unknown) if policy.probes => {
+            (Phase::Serving, Verdict::Unknown) if self.known.probes => {
                 self.probing.prove();
                 if self.arrival == Arrival::Newcomer {
                     self.ramp_from = Some(now);
                 }
                 Some(Transition::ProvenByTraffic)
             }
-            (Phase::Serving, Verdict::Unhealthy { .. }) if policy.probes => {
+            (Phase::Serving, Verdict::Unhealthy { .. }) if self.known.probes => {
                 (fresh || self.served_in_a_row >= policy.rise).then(|| {
                     let fails = self.probing.outvote();
                     self.readmit(now);

@@ -159,6 +159,40 @@ fn without_probes_a_newcomer_starts_at_once_and_time_alone_leads_to_probation() 
     assert!(matches!(bench.observe(Observation::FirstToken), Some(Transition::Readmitted { .. })));
 }
 
+#[test]
+fn a_model_is_judged_by_its_requests_alone() {
+    let mut bench = Bench::arriving(Arrival::Model);
+    bench.tick();
+    bench.observe(Observation::Fault);
+    assert!(bench.eligible(), "its backend has passed probes, and it never will");
+    bench.observe_times(Observation::Fault, 2);
+    assert!(bench.out());
+    assert_eq!(bench.pass(1.0), Some(Transition::Probation));
+    assert!(bench.health.begin_trial(bench.now));
+    assert!(matches!(bench.observe(Observation::FirstToken), Some(Transition::Readmitted { .. })));
+}
+
+#[test]
+fn a_backend_that_fails_others_too_is_no_witness_against_a_request() {
+    let serves = |bench: &Bench| bench.health.serves(bench.now);
+    let mut bench = Bench::healthy();
+    assert!(!serves(&bench), "it has shown nothing yet");
+    bench.observe(Observation::FirstToken);
+    assert!(serves(&bench));
+    // A fault that is forgiven changes nothing, however often.
+    for _ in 0..5 {
+        bench.observe(Observation::Fault);
+        assert!(serves(&bench), "the latest may yet be forgiven");
+        bench.health.forgive();
+    }
+    bench.observe_times(Observation::Fault, 2);
+    assert!(!serves(&bench), "one that stands");
+    bench.observe_times(Observation::Success, 10);
+    assert!(!serves(&bench), "two of twelve");
+    bench.observe_times(Observation::Success, 10);
+    assert!(serves(&bench));
+}
+
 // Probes
 
 #[test]
