@@ -239,34 +239,46 @@ fn run_until_signal(plan: Plan) -> io::Result<()> {
 
 impl Running {
     async fn end_by(&self, signals: &mut Signals) {
-        let by = signals.next().await;
+        let by = self.wish(signals).await;
         self.end(by);
         tokio::select! {
             _ = self.drained() => {}
-            again = async { self.end(signals.next().await) } => again,
+            again = async { self.end(self.wish(signals).await) } => again,
+        }
+    }
+
+    /// Waits for a signal that ends, and does meanwhile what others ask for.
+    async fn wish(&self, signals: &mut Signals) -> &'static str {
+        loop {
+            tokio::select! {
+                _ = signals.terminate.recv() => return "SIGTERM",
+                _ = signals.interrupt.recv() => return "SIGINT",
+                _ = signals.hangup.recv() => self.reopen_log(),
+            }
         }
     }
 }
 
-/// The signals that end a process.
+impl Running {
+    /// SIGHUP means a reload, which `reload` listens for by itself, and that the access log was moved away.
+    fn reopen_log(&self) {
+        if let Err(error) = self.directory.telemetry().access_log.reopen() {
+            tracing::error!(%error, "the access log cannot be opened anew and goes on where it was");
+        }
+    }
+}
+
+/// The signals a process ends by or lives with.
 struct Signals {
     terminate: Signal,
     interrupt: Signal,
-    /// Means a reload, which `reload` listens for by itself; until it does, it must not kill.
-    _hangup: Signal,
+    hangup: Signal,
 }
 
 impl Signals {
     fn new() -> io::Result<Self> {
         let [terminate, interrupt, hangup] =
             [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()].map(signal);
-        Ok(Self { terminate: terminate?, interrupt: interrupt?, _hangup: hangup? })
-    }
-
-    async fn next(&mut self) -> &'static str {
-        tokio::select! {
-            _ = self.terminate.recv() => "SIGTERM",
-            _ = self.interrupt.recv() => "SIGINT",
-        }
+        Ok(Self { terminate: terminate?, interrupt: interrupt?, hangup: hangup? })
     }
 }

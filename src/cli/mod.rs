@@ -25,15 +25,15 @@ const NO: u8 = 1;
 /// A command line that makes no sense.
 const USAGE: u8 = 2;
 
-/// One address in front of your inference replicas; what dies behind it is not seen in front.
+/// One address in front of your inference replicas; what fails behind it is asked for elsewhere.
 #[derive(Parser)]
 #[command(
     name = "evergate",
     version,
     about,
-    long_about = "One address in front of your inference replicas; what dies behind it is not seen in front.\n\n\
+    long_about = "One address in front of your inference replicas; what fails behind it is asked for elsewhere.\n\n\
         evergate balances requests over vLLM, SGLang, llama.cpp, Ollama, Triton and the like, judges every replica by \
-        probes and by real traffic, and finishes what a dying one began.",
+        probes and by real traffic, and asks another one where one fails.",
     after_help = "Examples:\n  \
         evergate run --backend http://10.0.0.1:8000 --backend http://10.0.0.2:8000\n  \
         evergate run -c evergate.toml\n  \

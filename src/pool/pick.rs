@@ -79,8 +79,6 @@ pub struct Choice {
     pub in_flight: InFlight,
     /// Held while it is this backend's trial: its outcome decides on the backend's return.
     pub trial: Option<Trial>,
-    /// It has been tried by this exchange before.
-    pub again: bool,
 }
 
 /// The single trial of a backend in probation. Dropping it without an outcome lets another request try.
@@ -144,18 +142,6 @@ impl Pool {
         self.pick_suspect(wanted, now).map_or_else(|| Err(self.nobody(wanted, now)), Ok)
     }
 
-    /// Chooses among those tried before: only when there is no other.
-    ///
-    /// # Errors
-    /// Why nobody can take it.
-    pub fn pick_again(
-        self: &Arc<Self>,
-        wanted: &Wanted<'_>,
-        rng: &mut fastrand::Rng,
-    ) -> Result<Choice, Nobody> {
-        self.pick(&Wanted { tried: &[], ..*wanted }, rng).map(|choice| Choice { again: true, ..choice })
-    }
-
     /// A backend whose ejection is over needs one real request to come back.
     fn pick_trial(self: &Arc<Self>, wanted: &Wanted<'_>, now: Moment) -> Option<Choice> {
         let mut any = false;
@@ -212,7 +198,6 @@ impl Pool {
             record: self.record(index, wanted.model),
             in_flight: InFlight::begin(backend, &self.state, work_units(wanted.prompt_bytes)),
             trial: None,
-            again: false,
         }
     }
 

@@ -272,6 +272,7 @@ impl Pool {
                     tls,
                     config.http,
                     &config.clocks,
+                    backend.metrics.connections_open.clone(),
                 );
                 Member { backend, params: params.clone(), target }
             })

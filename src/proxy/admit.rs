@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::fmt::Write;
 
 use http::uri::PathAndQuery;
-use http::{HeaderMap, HeaderValue, Method, Version, header, request};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Version, header, request};
 
 use crate::config::Limits;
 use crate::policy::Moment;
@@ -14,6 +14,8 @@ use crate::pool::Class;
 use crate::proxy::client::{Client, HeadDefect};
 use crate::proxy::headers;
 use crate::proxy::respond::Refusal;
+
+const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 
 /// What an exchange asks for, fixed at its admission.
 pub(super) struct Asked {
@@ -138,7 +140,7 @@ pub(super) fn outgoing_headers(
 pub(super) fn nature(head: &request::Parts, endpoint: Endpoint) -> Nature {
     Nature {
         idempotent: head.method.is_idempotent(),
-        keyed: head.headers.contains_key("idempotency-key"),
+        keyed: head.headers.contains_key(&IDEMPOTENCY_KEY),
         inference: endpoint.is_inference() && head.method == Method::POST,
         stateful: false,
     }

@@ -274,7 +274,6 @@ impl Attempt<'_> {
     async fn gate(&mut self, seen: &mut Seen, arrived: Arrived, started: Moment) -> Result<End, Cause> {
         let Arrived { mut head, body } = arrived;
         seen.phase = Phase::Gate;
-        seen.retry_after = retry_after(&head.headers);
         if head.status == StatusCode::SWITCHING_PROTOCOLS {
             let upgraded = head.extensions.remove::<OnUpgrade>();
             return match upgraded.filter(|_| self.asked.upgrade.is_some()) {
@@ -284,6 +283,7 @@ impl Attempt<'_> {
         }
         headers::strip_hop_by_hop(&mut head.headers);
         if head.status.as_u16() >= 400 {
+            seen.retry_after = retry_after(&head.headers);
             return self.error_answer(seen, head, body).await;
         }
         if !self.asked.endpoint.is_inference() || !head.status.is_success() {
@@ -574,12 +574,18 @@ impl Media {
             return Self::Unnamed;
         };
         let end = value.iter().position(|&b| b == b';').unwrap_or(value.len());
-        let essence = value[..end].trim_ascii().to_ascii_lowercase();
-        match essence.as_slice() {
-            b"text/event-stream" => Self::Events,
-            b"application/x-ndjson" | b"application/jsonl" | b"application/x-jsonlines" => Self::Lines,
-            b"application/json" => Self::Json,
-            _ => Self::Other,
+        let essence = value[..end].trim_ascii();
+        let is = |name: &[u8]| essence.eq_ignore_ascii_case(name);
+        match () {
+            () if is(b"application/json") => Self::Json,
+            () if is(b"text/event-stream") => Self::Events,
+            () if is(b"application/x-ndjson")
+                || is(b"application/jsonl")
+                || is(b"application/x-jsonlines") =>
+            {
+                Self::Lines
+            }
+            () => Self::Other,
         }
     }
 }

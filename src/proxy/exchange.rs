@@ -309,7 +309,7 @@ impl Exchange {
     fn role(&self, choice: &Choice) -> &'static str {
         match self.history.attempts() {
             0 => "first",
-            _ if choice.again || self.fresh => "retry",
+            _ if self.ledger.has_tried(choice.backend()) => "retry",
             _ => "failover",
         }
     }

@@ -127,6 +127,11 @@ impl Ledger {
         }
     }
 
+    /// Whether an attempt went there before.
+    pub(super) fn has_tried(&self, backend: &Arc<Backend>) -> bool {
+        self.attempts.iter().any(|entry| Arc::ptr_eq(&entry.backend, backend))
+    }
+
     /// Attempts so far.
     pub(super) fn attempts(&self) -> u8 {
         u8::try_from(self.attempts.len()).unwrap_or(u8::MAX)

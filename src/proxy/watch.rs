@@ -66,8 +66,10 @@ impl Watch {
 
     /// From now on this is waited for.
     pub(super) fn enter(&mut self, stage: Stage) {
+        // Only a head is measured from when it is entered, and it says when that was.
+        let now = if let Stage::Head(head) = &stage { head.progress.1 } else { Moment::ZERO };
         self.stage = stage;
-        self.arm(clock::now());
+        self.arm(now);
     }
 
     /// The body showed a sign of life. Costs one atomic store.

@@ -479,9 +479,18 @@ fn push_escaped(out: &mut Vec<u8>, text: &str) {
     const HEX: &[u8; 16] = b"0123456789abcdef";
     let kept = &text[..text.floor_char_boundary(FIELD_BYTES_MAX)];
     let bytes = kept.as_bytes();
+    // Nearly all texts need no escape: one pass without branches tells.
+    let is_plain = |byte: u8| (byte >= 0x20) & (byte != b'"') & (byte != b'\\') & (byte != 0x7f);
+    if bytes.iter().fold(true, |all, &byte| all & is_plain(byte)) {
+        out.extend_from_slice(bytes);
+        if kept.len() < text.len() {
+            out.extend_from_slice("…".as_bytes());
+        }
+        return;
+    }
     let mut plain = 0;
     for (at, &byte) in bytes.iter().enumerate() {
-        if byte >= 0x20 && byte != b'"' && byte != b'\\' && byte != 0x7f {
+        if is_plain(byte) {
             continue;
         }
         out.extend_from_slice(&bytes[plain..at]);

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use prometheus::IntGauge;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
@@ -52,6 +53,8 @@ pub struct Target {
     pub h2_ping: Duration,
     /// Its answer is due within this.
     pub h2_ping_timeout: Duration,
+    /// Counts the connections that are open.
+    pub open: IntGauge,
 }
 
 impl Target {
@@ -62,6 +65,7 @@ impl Target {
         tls: Option<Tls>,
         http: UpstreamHttp,
         clocks: &BackendClocks,
+        open: IntGauge,
     ) -> Self {
         Self {
             addresses,
@@ -75,6 +79,7 @@ impl Target {
             idle: clocks.idle,
             h2_ping: clocks.h2_ping,
             h2_ping_timeout: clocks.h2_ping_timeout,
+            open,
         }
     }
 
@@ -220,11 +225,20 @@ where
 {
     let (io, traffic) = Tap::new(io);
     let io = TokioIo::new(io);
-    if h2 { handshake_h2(target, io, traffic).await } else { handshake_h1(io, traffic, upgradable).await }
-        .map_err(|e| fail(ConnectFailure::Tls, io::Error::other(e)))
+    if h2 {
+        handshake_h2(target, io, traffic).await
+    } else {
+        handshake_h1(target, io, traffic, upgradable).await
+    }
+    .map_err(|e| fail(ConnectFailure::Tls, io::Error::other(e)))
 }
 
-async fn handshake_h1<T>(io: TokioIo<T>, traffic: Arc<Traffic>, upgradable: bool) -> hyper::Result<Opened>
+async fn handshake_h1<T>(
+    target: &Target,
+    io: TokioIo<T>,
+    traffic: Arc<Traffic>,
+    upgradable: bool,
+) -> hyper::Result<Opened>
 where
     T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -239,7 +253,7 @@ where
     } else {
         tokio::spawn(async move { drop(connection.await) })
     };
-    Ok(Opened::H1(H1 { sender, era: 0, traffic, _task: Task(task.abort_handle()) }))
+    Ok(Opened::H1(H1 { sender, era: 0, traffic, _task: Task::new(task.abort_handle(), &target.open) }))
 }
 
 async fn handshake_h2<T>(target: &Target, io: TokioIo<T>, traffic: Arc<Traffic>) -> hyper::Result<Opened>
@@ -257,7 +271,12 @@ where
         .handshake::<_, OutBody>(io)
         .await?;
     let task = tokio::spawn(async move { drop(connection.await) });
-    Ok(Opened::H2(H2 { sender, traffic, streams: AtomicUsize::new(0), _task: Task(task.abort_handle()) }))
+    Ok(Opened::H2(H2 {
+        sender,
+        traffic,
+        streams: AtomicUsize::new(0),
+        _task: Task::new(task.abort_handle(), &target.open),
+    }))
 }
 
 fn fail(failure: ConnectFailure, source: io::Error) -> ConnectError {

@@ -26,6 +26,7 @@ use std::time::Duration;
 
 use hyper::client::conn::{http1, http2};
 use parking_lot::Mutex;
+use prometheus::IntGauge;
 use tokio::task::AbortHandle;
 
 use crate::clock;
@@ -72,12 +73,23 @@ struct H2 {
     _task: Task,
 }
 
-/// The task that drives a connection; it ends with its owner.
-struct Task(AbortHandle);
+/// The task that drives a connection; it ends with its owner. Counted while it lives.
+struct Task {
+    driver: AbortHandle,
+    open: IntGauge,
+}
+
+impl Task {
+    fn new(driver: AbortHandle, open: &IntGauge) -> Self {
+        open.inc();
+        Self { driver, open: open.clone() }
+    }
+}
 
 impl Drop for Task {
     fn drop(&mut self) {
-        self.0.abort();
+        self.driver.abort();
+        self.open.dec();
     }
 }
 

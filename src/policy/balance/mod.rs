@@ -60,7 +60,7 @@ impl BalancePolicy {
     /// For status pages and metric labels.
     pub const fn name(&self) -> &'static str {
         match self {
-            Self::PowerOfTwo => "power_of_two",
+            Self::PowerOfTwo => "p2c",
             Self::RoundRobin => "round_robin",
             Self::LeastLoad => "least_load",
             Self::Weighted => "weighted",
