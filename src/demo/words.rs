@@ -314,7 +314,7 @@ pub(super) fn verdict(verdict: &Verdict) -> String {
         tally.answered,
         &format!("answered in full, word for word; the slowest took {}", tenths(tally.slowest)),
     );
-    row(*moved, "moved to another replica before their clients had seen anything");
+    row(*moved, "moves to another replica, before the client had seen anything");
     row(tally.failed, "failed");
     if tally.wrong > 0 {
         row(tally.wrong, "answered with other words than the model's");
