@@ -314,7 +314,7 @@ pub(super) fn verdict(verdict: &Verdict) -> String {
         tally.answered,
         &format!("answered in full, word for word; the slowest took {}", tenths(tally.slowest)),
     );
-    row(*moved, "times a request moved to another replica, unseen by its client");
+    row(*moved, "moves to another replica, before the client had seen anything");
     row(tally.failed, "failed");
     if tally.wrong > 0 {
         row(tally.wrong, "answered with other words than the model's");
