@@ -116,7 +116,7 @@ impl Pool {
                 .iter()
                 .filter_map(|member| member.backend.whole().latest_first_token(class))
                 .collect();
-            self.state.set_median_first_token(class, median(&mut times));
+            self.state.set_median_first_token(class, lower_median(&mut times));
         }
         self.publish_standing();
     }
@@ -388,19 +388,40 @@ impl Census {
     }
 }
 
-fn median(values: &mut [f64]) -> Option<f64> {
-    if values.is_empty() {
-        return None;
-    }
+/// The middle value, the lower of two. Of two backends that is the faster: drawn towards a mean that it is part of
+/// itself, one that was slow once would look slow for ever, and on an idle pool never be asked again.
+fn lower_median(values: &mut [f64]) -> Option<f64> {
     values.sort_unstable_by(f64::total_cmp);
-    let middle = values.len() / 2;
-    Some(if values.len() % 2 == 1 { values[middle] } else { (values[middle - 1] + values[middle]) / 2.0 })
+    values.get(values.len().saturating_sub(1) / 2).copied()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::policy::balance::Ewma;
     use proptest::prelude::*;
+    use std::time::Duration;
+
+    fn median(values: &mut [f64]) -> Option<f64> {
+        if values.is_empty() {
+            return None;
+        }
+        values.sort_unstable_by(f64::total_cmp);
+        let middle = values.len() / 2;
+        Some(if values.len() % 2 == 1 { values[middle] } else { (values[middle - 1] + values[middle]) / 2.0 })
+    }
+
+    #[test]
+    fn of_two_backends_the_one_that_was_slow_is_equal_again_within_a_minute() {
+        let (mut slow, mut fast) = (Ewma::default(), Ewma::default());
+        let then = Moment::from_micros(1_000_000);
+        slow.observe(then, 1.0);
+        let now = then + Duration::from_secs(60);
+        fast.observe(now, 0.01);
+        let median = lower_median(&mut [slow.value().unwrap(), fast.value().unwrap()]).unwrap();
+        let apart = slow.value_towards(now, median) - fast.value_towards(now, median);
+        assert!(apart < 0.02, "{apart} s apart after a minute");
+    }
 
     proptest! {
         #[test]

@@ -9,9 +9,9 @@
 use crate::policy::Moment;
 use std::time::Duration;
 
-/// First-token seconds are half forgotten after so long. 30 s: a replica with two requests a minute still
-/// has a past, and one that was slow is looked at again within the minute.
-const FIRST_TOKEN_HALF_LIFE: Duration = Duration::from_secs(30);
+/// First-token seconds are half forgotten after so long. 10 s: what was measured under load says little about
+/// an idle pool, and one that was a second slower than its peers is looked at again within the minute.
+const FIRST_TOKEN_HALF_LIFE: Duration = Duration::from_secs(10);
 
 /// Observations the mean is worth at most: a new one counts for at least a seventeenth.
 const WEIGHT_MAX: f64 = 16.0;
