@@ -237,7 +237,7 @@ async fn answers_that_are_not_streamed_fail_in_their_own_ways() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_killed_replica_resets_refuses_and_comes_back_at_its_address() {
     let mut config = quick(Skin::Vllm);
-    config.tokens_per_second = 50.0;
+    config.tokens_per_second = 20.0;
     let replica = Replica::start(config).await.unwrap();
     let mut streaming = Client::connect(replica.addr()).await;
     streaming.write(&chat(true).to_bytes()).await.unwrap();
@@ -250,7 +250,8 @@ async fn a_killed_replica_resets_refuses_and_comes_back_at_its_address() {
     assert_eq!(within(PATIENCE, streaming.try_read_answer("POST")).await.unwrap().end, End::Cut);
     assert_ne!(within(PATIENCE, multiplexed).await.unwrap().unwrap().end, End::Clean);
     assert!(TcpStream::connect(replica.addr()).await.is_err());
-    assert_eq!((replica.stats().streams_cut, replica.stats().in_flight), (2, 0));
+    // Of HTTP/2 the answers are tasks of their own, and notice a moment later.
+    eventually(PATIENCE, || (replica.stats().streams_cut, replica.stats().in_flight) == (2, 0)).await;
     replica.revive().await.unwrap();
     assert!(replica.is_alive().await);
     assert_is_healthy_stream(&send(replica.addr(), &chat(true)).await);
