@@ -64,7 +64,6 @@ pub struct Backend {
     last_probe: ArcSwapOption<LastProbe>,
     /// Its state has changed: a probe may be due sooner than its prober thought.
     nudged: Notify,
-    removed: AtomicBool,
     arrival: Arrival,
 }
 
@@ -254,7 +253,6 @@ impl Backend {
             listed: ArcSwapOption::empty(),
             last_probe: ArcSwapOption::empty(),
             nudged: Notify::new(),
-            removed: AtomicBool::new(false),
             arrival,
         }
     }
@@ -358,16 +356,6 @@ impl Backend {
 
     pub(super) fn nudge_prober(&self) {
         self.nudged.notify_one();
-    }
-
-    /// A reload took it out of its pool: its probers end, running attempts go on.
-    pub fn is_removed(&self) -> bool {
-        self.removed.load(Ordering::Acquire)
-    }
-
-    pub(super) fn remove(&self) {
-        self.removed.store(true, Ordering::Release);
-        self.close_kept();
     }
 
     /// Closes its kept connections on all workers. Running attempts go on.

@@ -1,7 +1,7 @@
 //! Choosing a backend for the next attempt: `policy::balance` over what is known now.
 //!
-//! Order: a backend on trial if there is one, an eligible one not tried yet, in panic a suspect, and
-//! only then one that was tried already. Nobody at all is an answer too, with the reason.
+//! Order: a backend on trial if there is one, an eligible one not tried yet, in panic a suspect. Nobody is an
+//! answer too, with the reason; whether one that was tried is asked again is the exchange's to say.
 
 use std::sync::Arc;
 

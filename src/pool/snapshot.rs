@@ -146,7 +146,8 @@ impl Directory {
             }
         }
         for (_, member) in old.members().filter(|(_, member)| !has(new, &member.backend)) {
-            member.backend.remove();
+            // What runs there goes on; its connections close as it ends.
+            member.backend.close_kept();
             applied.removed += 1;
             // One of the same name at another address goes on with the series.
             let goes_on = new.members().any(|(_, other)| {
