@@ -9,6 +9,7 @@ mod balance;
 mod discover;
 mod drain;
 mod failover;
+mod fallback;
 mod health;
 mod hygiene;
 mod limits;

@@ -275,7 +275,8 @@ fn pool_changes(changes: &mut Vec<Change>, old: &[Pool], new: &[Pool]) {
 }
 
 fn one_pool(changes: &mut Vec<Change>, old: &Pool, new: &Pool) {
-    let Pool { name, backends, models, aliases, balance, health, probe, retry, clocks, tls, http } = new;
+    let Pool { name, backends, models, aliases, balance, health, probe, retry, clocks, tls, http, fallbacks } =
+        new;
     let keys = named([
         ("models", old.models != *models),
         ("aliases", old.aliases != *aliases),
@@ -286,6 +287,7 @@ fn one_pool(changes: &mut Vec<Change>, old: &Pool, new: &Pool) {
         ("clocks", old.clocks != *clocks),
         ("tls", old.tls != *tls),
         ("http", old.http != *http),
+        ("fallback", old.fallbacks != *fallbacks),
     ]);
     if !keys.is_empty() {
         changes.push(Change::PoolChanged { pool: name.clone(), keys });
@@ -416,6 +418,11 @@ path_prefix = "/b"
                 "name = \"b\"",
                 "name = \"b\"\nhttp = \"1\"\nmodels = [\"m\"]",
                 &["pool b changed: models, http"],
+            ),
+            (
+                "[[route]]",
+                "[[pool.fallback]]\npool = \"a\"\non = [\"busy\"]\n[[route]]",
+                &["pool b changed: fallback"],
             ),
             ("path_prefix = \"/b\"", "path_prefix = \"/c\"", &["routes changed (1 -> 1)"]),
             (

@@ -14,6 +14,7 @@ use super::{
     LogFormat, Pool, Probe, ProbeKind, Telemetry, UpstreamHttp, UpstreamTls,
 };
 use crate::policy::balance::{AffinityKey, BalancePolicy};
+use crate::policy::fallback::Fallback;
 use crate::policy::health::HealthPolicy;
 use crate::policy::retry::{Replay, RetryPolicy};
 use crate::policy::route::Route;
@@ -193,7 +194,8 @@ fn telemetry_table(out: &mut Writer, telemetry: &Telemetry) {
 }
 
 fn pool(out: &mut Writer, pool: &Pool) {
-    let Pool { name, backends, models, aliases, balance, health, probe, retry, clocks, tls, http } = pool;
+    let Pool { name, backends, models, aliases, balance, health, probe, retry, clocks, tls, http, fallbacks } =
+        pool;
     out.table("[[pool]]");
     out.string("name", name);
     out.strings("models", models);
@@ -211,6 +213,7 @@ fn pool(out: &mut Writer, pool: &Pool) {
     retry_table(out, retry);
     clocks_table(out, clocks);
     tls_table(out, tls);
+    fallbacks.iter().for_each(|each| fallback(out, each));
 }
 
 fn backend(out: &mut Writer, backend: &Backend) {
@@ -397,6 +400,16 @@ fn tls_table(out: &mut Writer, tls: &UpstreamTls) {
     }
     if let Some(name) = server_name {
         out.string("server_name", name);
+    }
+}
+
+fn fallback(out: &mut Writer, fallback: &Fallback) {
+    let Fallback { pool, on, model } = fallback;
+    out.table("[[pool.fallback]]");
+    out.string("pool", pool);
+    out.list("on", on.iter().map(|cause| quoted(cause.name())));
+    if let Some(model) = model {
+        out.string("model", model);
     }
 }
 

@@ -32,7 +32,7 @@ pub(super) const POOL: Section = Section {
     path: "pool",
     keys: &[
         "name", "backends", "models", "aliases", "http", "balance", "health", "probe", "retry", "clocks",
-        "tls",
+        "tls", "fallback",
     ],
 };
 pub(super) const BACKEND: Section = Section {
@@ -100,6 +100,7 @@ pub(super) const CLOCKS: Section = Section {
 };
 pub(super) const UPSTREAM_TLS: Section =
     Section { path: "pool.tls", keys: &["ca", "client_certificate", "client_key", "server_name"] };
+pub(super) const FALLBACK: Section = Section { path: "pool.fallback", keys: &["pool", "on", "model"] };
 pub(super) const ROUTE: Section =
     Section { path: "route", keys: &["pool", "path_prefix", "host", "headers", "models", "replay", "total"] };
 pub(super) const LIMITS: Section = Section {
@@ -135,6 +136,7 @@ const SECTIONS: &[&Section] = &[
     &RETRY,
     &CLOCKS,
     &UPSTREAM_TLS,
+    &FALLBACK,
     &ROUTE,
     &LIMITS,
     &CLIENT,

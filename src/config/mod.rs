@@ -36,6 +36,7 @@ use http::{HeaderName, HeaderValue};
 use ipnet::IpNet;
 
 use crate::policy::balance::BalancePolicy;
+use crate::policy::fallback::Fallback;
 use crate::policy::health::HealthPolicy;
 use crate::policy::retry::RetryPolicy;
 use crate::policy::route::Route;
@@ -123,6 +124,8 @@ pub struct Pool {
     pub tls: UpstreamTls,
     /// Which HTTP version the backends are spoken to in.
     pub http: UpstreamHttp,
+    /// Other pools that may take its requests, in order. Default none.
+    pub fallbacks: Vec<Fallback>,
 }
 
 /// One member of a pool: one address serving one replica.

@@ -6,6 +6,7 @@ use proptest::prelude::*;
 
 use super::{AccessLogTarget, Config, ProbeKind, from_flags, parse};
 use crate::policy::balance::{AffinityKey, BalancePolicy};
+use crate::policy::fallback::FallbackCause;
 use crate::policy::retry::RetryPolicy;
 
 const MINIMAL: &str = include_str!("../../config/minimal.toml");
@@ -52,6 +53,18 @@ fn three_tables_are_a_whole_configuration() {
     assert_eq!(config.pools[0].retry, RetryPolicy::default());
     assert!(config.pools[0].health.probes);
     assert!(config.routes.is_empty());
+}
+
+#[test]
+fn fallbacks_read_back_as_they_were_written() {
+    let text = "[[pool]]\nname = \"a\"\nbackends = [\"http://a:1\"]\n[[pool.fallback]]\npool = \"b\"\n\
+        on = [\"context_length\", \"slow\"]\nmodel = \"large\"\n[[pool.fallback]]\npool = \"b\"\non = [\"busy\"]\n\
+        [[pool]]\nname = \"b\"\nbackends = [\"http://b:1\"]";
+    let config = read(text);
+    let [first, second] = &config.pools[0].fallbacks[..] else { panic!("{:?}", config.pools[0].fallbacks) };
+    assert_eq!(first.on, [FallbackCause::ContextLength, FallbackCause::Slow]);
+    assert_eq!((first.model.as_deref(), second.model.as_deref()), (Some("large"), None));
+    assert_eq!(read(&config.effective_toml()), config);
 }
 
 #[test]
@@ -105,6 +118,22 @@ fn each_mistake_has_its_own_words() {
         (
             "[[pool]]\nbackends = \"http://a:1\"",
             r#":2: pool[0].backends: is not a list ("http://a:1"); write ["http://a:1"]"#,
+        ),
+        (
+            "[[pool]]\nbackends = [\"http://a:1\"]\n[[pool.fallback]]\npool = \"default\"\non = [\"busy\"]",
+            r#":4: pool[0].fallback[0].pool: is the pool itself ("default"); write another pool, or leave the entry out"#,
+        ),
+        (
+            "[[pool]]\nname = \"a\"\nbackends = [\"http://a:1\"]\n[[pool.fallback]]\npool = \"bb\"\non = [\"busy\"]\n[[pool]]\nname = \"b\"\nbackends = [\"http://b:1\"]",
+            r#":5: pool[0].fallback[0].pool: no such pool ("bb"); did you mean "b""#,
+        ),
+        (
+            "[[pool]]\nname = \"a\"\nbackends = [\"http://a:1\"]\nfallback = [{ pool = \"b\", on = [] }]\n[[pool]]\nname = \"b\"\nbackends = [\"http://b:1\"]",
+            r#":4: pool[0].fallback[0].on: names no cause; write on = ["unavailable", "busy"]"#,
+        ),
+        (
+            "[[pool]]\nname = \"a\"\nbackends = [\"http://a:1\"]\nfallback = [{ pool = \"b\", on = [\"bussy\"] }]\n[[pool]]\nname = \"b\"\nbackends = [\"http://b:1\"]",
+            r#":4: pool[0].fallback[0].on[0]: is not one of the choices ("bussy"); did you mean "busy""#,
         ),
         (
             "[[pool]]\nbackends = [\"a:1\"]",

@@ -22,6 +22,7 @@ use super::{
     LogFormat, Pool, Probe, ProbeKind, Secret, Telemetry, UpstreamHttp, UpstreamTls,
 };
 use crate::policy::balance::{AffinityKey, BalancePolicy};
+use crate::policy::fallback::{FALLBACKS_MAX, Fallback, FallbackCause};
 use crate::policy::health::HealthPolicy;
 use crate::policy::retry::{Replay, RetryPolicy};
 use crate::policy::route::Route;
@@ -223,6 +224,10 @@ fn pools(root: &Table<'_>, listeners: &[Listener]) -> Vec<Pool> {
         pools.push(pool(table, given.unwrap_or(stand_in), listeners));
         table.refuse_unknown_keys();
     }
+    let names: Vec<String> = pools.iter().map(|pool| pool.name.clone()).collect();
+    for (table, pool) in tables.iter().zip(&mut pools) {
+        pool.fallbacks = fallbacks(table, &pool.name, &names);
+    }
     pools
 }
 
@@ -244,7 +249,69 @@ fn pool(table: &Table<'_>, name: String, listeners: &[Listener]) -> Pool {
             UpstreamHttp::default(),
             &[("auto", UpstreamHttp::Auto), ("1", UpstreamHttp::Http1), ("2", UpstreamHttp::Http2)],
         ),
+        // They name pools that are read later.
+        fallbacks: Vec::new(),
     }
+}
+
+/// Where else the requests of the pool `own` may go. `pools` are the names of all.
+fn fallbacks(pool: &Table<'_>, own: &str, pools: &[String]) -> Vec<Fallback> {
+    let Some(tables) = pool.tables("fallback", &keys::FALLBACK) else { return Vec::new() };
+    let others: Vec<&str> = pools.iter().map(String::as_str).filter(|name| *name != own).collect();
+    if tables.len() > FALLBACKS_MAX {
+        pool.error_at("fallback", "has too many entries", format!("write at most {FALLBACKS_MAX}"));
+    }
+    let mut fallbacks: Vec<Fallback> = Vec::with_capacity(tables.len());
+    for table in &tables {
+        let item = table.item("pool");
+        if item.is_none() {
+            table.missing("pool", keys::one_of("", &others));
+        }
+        let name = item.as_ref().and_then(Item::string);
+        match (&item, &name) {
+            (Some(item), Some(name)) if name == own => {
+                item.error("is the pool itself", "write another pool, or leave the entry out");
+            }
+            (Some(item), Some(name)) if !others.contains(&name.as_str()) => {
+                item.error("no such pool", keys::one_of(name, &others));
+            }
+            _ => {}
+        }
+        let fallback = Fallback {
+            pool: name.unwrap_or_default(),
+            on: fallback_causes(table),
+            model: table.item("model").and_then(|item| item.string()),
+        };
+        if let Some(first) =
+            fallbacks.iter().position(|other| other.pool == fallback.pool && other.model == fallback.model)
+        {
+            table.error(format!("asks what fallback[{first}] asks"), "list each pool and model once");
+        }
+        table.refuse_unknown_keys();
+        fallbacks.push(fallback);
+    }
+    fallbacks
+}
+
+fn fallback_causes(table: &Table<'_>) -> Vec<FallbackCause> {
+    let choices = FallbackCause::ALL.map(|cause| (cause.name(), cause));
+    let Some(item) = table.item("on") else {
+        table.missing("on", "write on = [\"unavailable\", \"busy\"]");
+        return Vec::new();
+    };
+    let Some(items) = item.list() else { return Vec::new() };
+    if items.is_empty() {
+        item.error_without_value("names no cause", "write on = [\"unavailable\", \"busy\"]");
+    }
+    let mut causes = Vec::with_capacity(items.len());
+    for item in &items {
+        let Some(cause) = item.choice(&choices) else { continue };
+        if causes.contains(&cause) {
+            item.error("is listed twice", "list each cause once");
+        }
+        causes.push(cause);
+    }
+    causes
 }
 
 fn name(item: &Item<'_>) -> Option<String> {

@@ -6,6 +6,7 @@
 
 pub mod balance;
 pub mod dialect;
+pub mod fallback;
 pub mod health;
 pub mod json;
 pub mod retry;

@@ -21,6 +21,7 @@ use crate::policy::retry::{Cause, Facts, Phase};
 use crate::pool::Choice;
 use crate::proxy::admit::Asked;
 use crate::proxy::headers;
+use crate::proxy::leg::Leg;
 use crate::proxy::token_stream::{Ending, TokenStream};
 use crate::proxy::watch::{HeadStage, Stage, Watch};
 use crate::proxy::worker::{Held, Worker};
@@ -107,6 +108,8 @@ pub(super) struct Attempt<'a> {
     pub(super) worker: &'a Worker,
     /// What is asked.
     pub(super) asked: &'a Asked,
+    /// By which pool.
+    pub(super) leg: &'a Leg,
     /// Of whom.
     pub(super) choice: &'a Choice,
     /// 1 for the first.
@@ -249,10 +252,10 @@ impl Attempt<'_> {
         let (mut head, ()) = http::Request::new(()).into_parts();
         head.method = asked.method.clone();
         head.uri = if params.path_prefix.is_empty() {
-            Uri::from(asked.path.clone())
+            Uri::from(self.leg.path.clone())
         } else {
-            let path = format!("{}{}", params.path_prefix, asked.path);
-            path.parse().unwrap_or_else(|_| Uri::from(asked.path.clone()))
+            let path = format!("{}{}", params.path_prefix, self.leg.path);
+            path.parse().unwrap_or_else(|_| Uri::from(self.leg.path.clone()))
         };
         head.headers = asked.headers.clone();
         let headers = &mut head.headers;
@@ -415,7 +418,7 @@ impl Attempt<'_> {
                 let others = self.choice.pool.members.iter().enumerate();
                 others.filter(|(i, _)| *i != self.choice.index).any(|(_, m)| m.backend.lists(model))
             };
-            self.asked.model.as_deref().is_some_and(lists)
+            self.leg.model.as_deref().is_some_and(lists)
         };
         if is_model_not_found(status, body) && peers() {
             return Cause::ModelMissingHere;

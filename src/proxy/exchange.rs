@@ -7,21 +7,22 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::{HeaderValue, Response, StatusCode, header, response};
+use http::{HeaderMap, HeaderValue, Response, StatusCode, header, response};
 use hyper::upgrade::OnUpgrade;
 use smallvec::SmallVec;
 
 use crate::clock::{self, Alarm};
 use crate::policy::Moment;
+use crate::policy::dialect::{ErrorClass, is_content_filter, is_context_length};
+use crate::policy::fallback::{FallbackCause, Used};
 use crate::policy::health::Observation;
-use crate::policy::retry::{
-    self, Cause, Facts, History, Next, Phase, Reason, RetryPolicy, Verdict, backoff, decide,
-};
+use crate::policy::retry::{self, Cause, Facts, History, Next, Phase, Reason, Verdict, backoff, decide};
 use crate::pool::{About, BackendId, Choice, Nobody, Pool, Receipt, Wanted};
 use crate::proxy::admit::Asked;
 use crate::proxy::attempt::{Answer, Attempt, Outcome};
-use crate::proxy::headers::X_REQUEST_ID;
+use crate::proxy::headers::{X_EVERGATE_POOL, X_REQUEST_ID};
 use crate::proxy::ledger::{Entry, Ledger};
+use crate::proxy::leg::Leg;
 use crate::proxy::relay::{AnswerBody, Serving};
 use crate::proxy::replay_body::ReplayBody;
 use crate::proxy::respond::{Refusal, refuse, whole_seconds};
@@ -36,15 +37,25 @@ use crate::upstream::Want;
 /// Between two looks for a backend that takes connections again, where nobody has noticed that it does.
 const STAND_BY_LOOK: Duration = Duration::from_millis(250);
 
+/// What an exchange was before it fell back to another pool.
+struct Routed {
+    leg: Leg,
+    /// What the client would have been told.
+    refusal: Option<Refusal>,
+}
+
 /// An exchange from its routing to its answer. Boxed from the start: it is moved often, and is large.
 pub(super) struct Exchange {
     worker: Arc<Worker>,
     asked: Asked,
     body: ReplayBody,
     ledger: Ledger,
-    pool: Arc<Pool>,
-    /// The pool's, with what the route overrides.
-    policy: RetryPolicy,
+    /// The pool that is being asked, and how.
+    leg: Leg,
+    /// How the routed pool was asked, once another one is.
+    routed: Option<Routed>,
+    /// Of the routed pool's fallbacks.
+    fallbacks_used: Used,
     /// The client's connection, where it is to be switched to another protocol.
     switch: Option<OnUpgrade>,
     history: History,
@@ -55,8 +66,8 @@ pub(super) struct Exchange {
     fresh: bool,
     /// How the latest attempt failed.
     failed: Option<Facts>,
-    /// The latest answer that was not good enough.
-    last: Option<Answer>,
+    /// The latest answer that was not good enough, and the pool it came from where that is a fallback.
+    last: Option<(Answer, Option<HeaderValue>)>,
     /// A fault that may turn out to be the request's own.
     blamed: Option<Receipt>,
     /// Between attempts.
@@ -66,24 +77,24 @@ pub(super) struct Exchange {
 }
 
 impl Exchange {
-    /// An exchange that goes to `pool`.
+    /// An exchange that goes to the pool of `leg`.
     pub(super) fn new(
         asked: Asked,
         body: ReplayBody,
         ledger: Ledger,
-        pool: Arc<Pool>,
-        policy: RetryPolicy,
+        leg: Leg,
         switch: Option<OnUpgrade>,
     ) -> Box<Self> {
-        pool.state.deposit();
+        leg.pool.state.deposit();
         Box::new(Self {
             worker: ledger.worker().clone(),
-            history: History::new(pool.members.len()),
+            history: History::new(leg.pool.members.len()),
             asked,
             body,
             ledger,
-            pool,
-            policy,
+            leg,
+            routed: None,
+            fallbacks_used: Used::default(),
             switch,
             tried: SmallVec::new(),
             rounds: 0,
@@ -102,15 +113,20 @@ impl Exchange {
         loop {
             let choice = match self.choose().await {
                 Ok(choice) => choice,
-                Err(refusal) => return self.nobody(&refusal),
+                Err(refusal) if self.fall_back_from(&refusal) => continue,
+                Err(refusal) => return self.nobody(refusal),
             };
             let (outcome, watch) = self.attempt(&choice).await;
             let verdict = retry::verdict(&outcome.facts);
             let next = self.decide(&outcome.facts, verdict);
             self.learn(&choice, &outcome, verdict, next);
+            if let Some(leg) = self.leg_after(&outcome, verdict, next) {
+                self.leave_pool(leg, &choice, outcome, watch, next);
+                continue;
+            }
             match next {
-                Next::Relay | Next::RelayAsRequestFault => return self.relay(choice, outcome, watch),
                 Next::Failover | Next::Again => self.set_aside(&choice, outcome, watch, next),
+                Next::Relay | Next::RelayAsRequestFault => return self.relay(choice, outcome, watch),
                 Next::GiveUp(reason) => return self.give_up(choice, outcome, watch, reason),
             }
         }
@@ -119,7 +135,7 @@ impl Exchange {
     /// The backend of the next attempt: one not tried yet, else one tried before, else whoever comes in time.
     async fn choose(&mut self) -> Result<Choice, Refusal> {
         self.follow_reload();
-        let state = self.pool.state.clone();
+        let state = self.leg.pool.state.clone();
         let mut room = None;
         loop {
             let nobody = match self.pick() {
@@ -159,38 +175,46 @@ impl Exchange {
         let wanted = Wanted {
             tried: &self.tried,
             class: self.asked.class,
-            model: self.pool.judged_model(self.asked.model.as_deref()),
-            affinity: self.asked.affinity,
+            model: self.leg.pool.judged_model(self.leg.model.as_deref()),
+            affinity: self.leg.affinity,
             prompt_bytes: self.asked.prompt_bytes,
             replayable: self.is_replayable(),
         };
-        self.worker.with_rng(|rng| self.pool.pick(&wanted, rng))
+        self.worker.with_rng(|rng| self.leg.pool.pick(&wanted, rng))
     }
 
     /// Streams last for minutes: each attempt sees the pool as it is then.
     fn follow_reload(&mut self) {
         let snapshot = self.worker.directory.look();
-        if let Some(pool) = snapshot.pools.iter().find(|pool| Arc::ptr_eq(&pool.state, &self.pool.state))
-            && !Arc::ptr_eq(pool, &self.pool)
+        if let Some(pool) = snapshot.pools.iter().find(|pool| Arc::ptr_eq(&pool.state, &self.leg.pool.state))
+            && !Arc::ptr_eq(pool, &self.leg.pool)
         {
-            self.pool = pool.clone();
+            self.leg.pool = pool.clone();
         }
     }
 
     /// Everybody was tried: a pause before the next round, within the time for waiting.
     async fn back_off(&mut self, until: Moment) {
         self.rounds += 1;
-        let pause = self.worker.with_rng(|rng| backoff(&self.policy, self.rounds, rng));
+        let pause = self.worker.with_rng(|rng| backoff(&self.leg.policy, self.rounds, rng));
         tokio::time::sleep(pause.min(until.since(clock::now()))).await;
     }
 
     /// How long a backend may be waited for; `None` when it is enough or would be for nothing.
     fn may_wait(&mut self, nobody: Nobody) -> Option<Moment> {
         let now = clock::now();
-        let most = now + self.policy.wait_max;
-        let end = *self.wait_until.get_or_insert(self.asked.total.map_or(most, |total| total.min(most)));
+        let most = now + self.leg.policy.wait_max;
+        let end = *self.wait_until.get_or_insert(self.leg.total.map_or(most, |total| total.min(most)));
         match nobody {
             _ if end <= now => None,
+            // Nobody will see the request here soon, and another pool may take it at once.
+            Nobody::Down if self.fallback_for(FallbackCause::Unavailable).is_some() => None,
+            Nobody::AllTried
+                if self.failed.is_some_and(|failed| !failed.sent)
+                    && self.fallback_for(FallbackCause::Unavailable).is_some() =>
+            {
+                None
+            }
             Nobody::Busy { until: Some(until) } if until > end => None,
             Nobody::Busy { until: Some(until) } => Some(until.max(now + clock::ALARM_TICK).min(end)),
             Nobody::Busy { until: None } | Nobody::Down | Nobody::AllTried => Some(end),
@@ -207,18 +231,20 @@ impl Exchange {
             () => Want::Any,
         };
         let alarm = self.alarm.take().unwrap_or_else(|| self.worker.alarms.alarm());
-        let mut watch = Watch::new(alarm, self.asked.total);
+        let mut watch = Watch::new(alarm, self.leg.total);
         let attempt = Attempt {
             worker: &self.worker,
             asked: &self.asked,
+            leg: &self.leg,
             choice,
-            number: self.history.attempts() + 1,
+            number: u32::from(self.ledger.attempts()) + 1,
             want,
             movable: replayable,
             watch: &mut watch,
         };
         let body = &mut self.body;
-        let mut outcome = attempt.run(|| body.out()).await;
+        let instead = self.leg.body.as_ref();
+        let mut outcome = attempt.run(|| body.out(instead)).await;
         watch.keep();
         // A body that was given away cannot be sent again, whatever became of it.
         outcome.facts.sent |= !self.body.is_here();
@@ -226,14 +252,14 @@ impl Exchange {
     }
 
     fn is_replayable(&self) -> bool {
-        !self.body.is_streamed() && self.policy.replay.allows(&self.asked.nature)
+        !self.body.is_streamed() && self.leg.policy.replay.allows(&self.asked.nature)
     }
 
     fn decide(&self, facts: &Facts, verdict: Verdict) -> Next {
         let first = self.history.attempts() == 0;
-        let state = &self.pool.state;
-        let budget = || state.may_retry(&self.policy, first);
-        match decide(&self.policy, &self.history, facts, verdict, self.is_replayable(), budget) {
+        let state = &self.leg.pool.state;
+        let budget = || state.may_retry(&self.leg.policy, first);
+        match decide(&self.leg.policy, &self.history, facts, verdict, self.is_replayable(), budget) {
             Next::Failover | Next::Again if !self.body.is_here() => Next::GiveUp(Reason::NotReplayable),
             next => next,
         }
@@ -275,7 +301,7 @@ impl Exchange {
         self.note_speed(choice, outcome, verdict);
         if verdict == Verdict::Misconfigured {
             let at = &choice.backend().metrics;
-            let model = self.asked.model.as_deref();
+            let model = self.leg.model.as_deref();
             MisconfiguredBackend { at, model, saw: &facts.cause.name() }.emit(self.worker.telemetry());
         }
         let relayed = verdict == Verdict::Success && !whole;
@@ -307,8 +333,9 @@ impl Exchange {
     }
 
     fn role(&self, choice: &Choice) -> &'static str {
-        match self.history.attempts() {
+        match self.ledger.attempts() {
             0 => "first",
+            _ if self.leg.is_fallback && self.history.attempts() == 0 => "fallback",
             _ if self.ledger.has_tried(choice.backend()) => "retry",
             _ => "failover",
         }
@@ -318,16 +345,101 @@ impl Exchange {
     fn set_aside(&mut self, choice: &Choice, outcome: Outcome, watch: Watch, next: Next) {
         self.history.add(&outcome.facts);
         self.failed = Some(outcome.facts);
-        self.pool.state.metrics.count_retry(outcome.facts.cause.name());
+        if matches!(next, Next::Failover | Next::Again) {
+            self.leg.pool.state.metrics.count_retry(outcome.facts.cause.name());
+        }
         self.fresh = next == Next::Again;
         if next == Next::Failover {
             self.tried.push(choice.backend().id);
         }
         // Only what is whole can be shown later; the connection of anything else closes here.
         if let Some(answer @ (Answer::Whole { .. } | Answer::Refused { .. })) = outcome.answer {
-            self.last = Some(answer);
+            self.last = Some((answer, self.leg.named()));
         }
         self.alarm = Some(watch.into_alarm());
+    }
+
+    /// The next pool that may take the request for `cause`, where there is one. Its entry is used up by this,
+    /// whatever becomes of the leg.
+    fn next_leg(&mut self, cause: FallbackCause) -> Option<Leg> {
+        while let Some(i) = self.fallback_for(cause) {
+            self.fallbacks_used.add(i);
+            let routed = self.routed.as_ref().map_or(&self.leg, |routed| &routed.leg);
+            let entry = &routed.pool.config.fallbacks[i];
+            let snapshot = self.worker.directory.look();
+            let pool = snapshot.pool(&entry.pool);
+            let model = self.ledger.model();
+            let leg = |pool| Leg::fallback(entry, pool, routed, &self.asked, &self.body, model);
+            if let Some(leg) = pool.and_then(leg) {
+                routed.pool.state.metrics.count_fallback(cause.name());
+                return Some(leg);
+            }
+        }
+        None
+    }
+
+    /// The entry that serves `cause`. Only work that any replica of any pool may do goes elsewhere.
+    fn fallback_for(&self, cause: FallbackCause) -> Option<usize> {
+        let routed = self.routed.as_ref().map_or(&self.leg, |routed| &routed.leg);
+        let list = &routed.pool.config.fallbacks;
+        let nature = &self.asked.nature;
+        let movable = !list.is_empty() && nature.inference && !nature.stateful && self.body.is_here();
+        if movable { self.fallbacks_used.next(list, cause) } else { None }
+    }
+
+    /// Where the request goes after an attempt that its own pool has no further answer to.
+    fn leg_after(&mut self, outcome: &Outcome, verdict: Verdict, next: Next) -> Option<Leg> {
+        let cause = match next {
+            Next::Relay
+                if self.fallback_for(FallbackCause::ContextLength).is_some() && is_too_long(outcome) =>
+            {
+                FallbackCause::ContextLength
+            }
+            Next::GiveUp(Reason::Attempts | Reason::Budget) if verdict == Verdict::Busy => {
+                FallbackCause::Busy
+            }
+            Next::GiveUp(Reason::Attempts | Reason::Budget) => FallbackCause::Unavailable,
+            Next::GiveUp(Reason::NotReplayable | Reason::Client | Reason::Time) => return None,
+            Next::Relay | Next::RelayAsRequestFault | Next::Failover | Next::Again => return None,
+        };
+        self.next_leg(cause)
+    }
+
+    /// Goes on at another pool, with all that is its own; `refusal` is what the client would have been told.
+    fn fall_back(&mut self, leg: Leg, refusal: Option<Refusal>) {
+        leg.pool.state.deposit();
+        self.history = History::new(leg.pool.members.len());
+        let before = std::mem::replace(&mut self.leg, leg);
+        self.routed.get_or_insert(Routed { leg: before, refusal });
+        self.tried.clear();
+        (self.rounds, self.fresh, self.failed, self.wait_until) = (0, false, None, None);
+    }
+
+    /// As [`Self::fall_back`], after an attempt.
+    fn leave_pool(&mut self, leg: Leg, choice: &Choice, outcome: Outcome, watch: Watch, next: Next) {
+        let refusal = match next {
+            Next::GiveUp(reason) => Some(self.failure(&outcome.facts, reason)),
+            _ => None,
+        };
+        self.set_aside(choice, outcome, watch, next);
+        self.fall_back(leg, refusal);
+    }
+
+    /// As [`Self::fall_back`], where no backend took an attempt. False when there is nothing left to do.
+    fn fall_back_from(&mut self, refusal: &Refusal) -> bool {
+        let cause = match refusal {
+            Refusal::Busy(_) => FallbackCause::Busy,
+            Refusal::Down | Refusal::Failed { .. } => FallbackCause::Unavailable,
+            _ => return false,
+        };
+        let used = self.fallbacks_used;
+        match self.next_leg(cause) {
+            Some(leg) => self.fall_back(leg, Some(refusal.clone())),
+            // None of the entries could take this request: now the pool is waited for like any other.
+            None if self.fallbacks_used != used => {}
+            None => return false,
+        }
+        true
     }
 
     fn give_up(
@@ -340,22 +452,30 @@ impl Exchange {
         if outcome.answer.is_some() {
             return self.relay(choice, outcome, watch);
         }
-        let refusal = match reason {
-            Reason::Client => self.body.fault(),
-            _ if outcome.facts.phase == Phase::Connect => Refusal::Down,
-            _ => Refusal::Failed { cause: outcome.facts.cause, enough: reason.name() },
-        };
-        self.nobody(&refusal)
+        let refusal = self.failure(&outcome.facts, reason);
+        self.nobody(refusal)
     }
 
-    /// No further attempt: the latest answer if there was one, else an error of our own.
-    fn nobody(mut self: Box<Self>, refusal: &Refusal) -> Response<AnswerBody> {
+    fn failure(&self, facts: &Facts, reason: Reason) -> Refusal {
+        match reason {
+            Reason::Client => self.body.fault(),
+            _ if facts.phase == Phase::Connect => Refusal::Down,
+            _ => Refusal::Failed { cause: facts.cause, enough: reason.name() },
+        }
+    }
+
+    /// No further attempt: the latest answer if there was one, else an error of our own. What the routed pool
+    /// had to say comes before what another one says.
+    fn nobody(mut self: Box<Self>, refusal: Refusal) -> Response<AnswerBody> {
         match self.last.take() {
-            Some(Answer::Whole { head, body, trailers, held }) => {
-                self.whole(head, |ledger| AnswerBody::held(body, trailers, ledger, held))
+            Some((Answer::Whole { head, body, trailers, held }, pool)) => {
+                self.whole(head, pool, |ledger| AnswerBody::held(body, trailers, ledger, held))
             }
-            Some(Answer::Refused { status, body }) => self.refused(status, body),
-            _ => refuse(self.ledger, self.asked.dialect, refusal),
+            Some((Answer::Refused { status, body }, pool)) => self.refused(status, pool, body),
+            _ => {
+                let routed = self.routed.and_then(|routed| routed.refusal);
+                refuse(self.ledger, self.asked.dialect, &routed.unwrap_or(refusal))
+            }
         }
     }
 
@@ -366,20 +486,24 @@ impl Exchange {
         match outcome.answer {
             None => {
                 let refusal = Refusal::Failed { cause, enough: "not_retried" };
-                self.nobody(&refusal)
+                self.nobody(refusal)
             }
             Some(Answer::Whole { head, body, trailers, held }) => {
-                self.whole(head, |ledger| AnswerBody::held(body, trailers, ledger, held))
+                let pool = self.leg.named();
+                self.whole(head, pool, |ledger| AnswerBody::held(body, trailers, ledger, held))
             }
-            Some(Answer::Refused { status, body }) => self.refused(status, body),
+            Some(Answer::Refused { status, body }) => {
+                let pool = self.leg.named();
+                self.refused(status, pool, body)
+            }
             Some(Answer::Begun { head, ahead, body }) => {
-                let idle = self.pool.config.clocks.body_idle;
+                let idle = self.leg.pool.config.clocks.body_idle;
                 let (head, serving, _) = self.serve(head, choice, watch, outcome.started, taught);
                 Response::from_parts(head, AnswerBody::plain(ahead, body, serving, idle))
             }
             Some(Answer::Tokens { head, ahead, stream, body }) => {
                 self.ledger.first_token();
-                let clocks = &self.pool.config.clocks;
+                let clocks = &self.leg.pool.config.clocks;
                 let silence =
                     Silence { inter_token: clocks.inter_token, max: clocks.silence_max, since: clock::now() };
                 let words = (self.asked.endpoint, self.asked.dialect);
@@ -404,6 +528,7 @@ impl Exchange {
     ) -> (response::Parts, Serving, Option<OnUpgrade>) {
         self.ledger.answered(head.status);
         head.headers.insert(X_REQUEST_ID, self.ledger.id.clone());
+        served_by(&mut head.headers, self.leg.named());
         let own_credentials = choice.member().params.own_credentials;
         let serving = Serving { choice, ledger: self.ledger, watch, started, own_credentials, told };
         (head, serving, self.switch)
@@ -412,12 +537,14 @@ impl Exchange {
     fn whole(
         mut self: Box<Self>,
         mut head: response::Parts,
+        pool: Option<HeaderValue>,
         body: impl FnOnce(Ledger) -> AnswerBody,
     ) -> Response<AnswerBody> {
         self.ledger.answered(head.status);
         self.ledger.ended(End::Complete);
         self.say_when_to_return(&mut head);
         head.headers.insert(X_REQUEST_ID, self.ledger.id.clone());
+        served_by(&mut head.headers, pool);
         Response::from_parts(head, body(self.ledger))
     }
 
@@ -426,15 +553,20 @@ impl Exchange {
         if !matches!(head.status.as_u16(), 429 | 503 | 529) {
             return;
         }
-        let model = self.pool.judged_model(self.asked.model.as_deref());
-        if let Some(until) = self.pool.busy_until(model) {
+        let model = self.leg.pool.judged_model(self.leg.model.as_deref());
+        if let Some(until) = self.leg.pool.busy_until(model) {
             head.headers.insert(header::RETRY_AFTER, whole_seconds(until.since(clock::now())));
             head.headers.remove("retry-after-ms");
         }
     }
 
     /// An error that stood where a stream should have begun becomes a real status.
-    fn refused(mut self: Box<Self>, status: StatusCode, body: bytes::Bytes) -> Response<AnswerBody> {
+    fn refused(
+        mut self: Box<Self>,
+        status: StatusCode,
+        pool: Option<HeaderValue>,
+        body: bytes::Bytes,
+    ) -> Response<AnswerBody> {
         self.ledger.answered(status);
         self.ledger.ended(End::Complete);
         let mut response = Response::new(());
@@ -442,7 +574,30 @@ impl Exchange {
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
         headers.insert(X_REQUEST_ID, self.ledger.id.clone());
+        served_by(headers, pool);
         response.map(|()| AnswerBody::whole(body, None, self.ledger))
+    }
+}
+
+/// A prompt that is longer than the model's context, and nothing else: a filter's word is final.
+fn is_too_long(outcome: &Outcome) -> bool {
+    let status = match outcome.facts.cause {
+        Cause::Status(status) | Cause::ErrorInside(ErrorClass::ClientFault(status)) => status,
+        _ => return false,
+    };
+    let Ok(status) = StatusCode::from_u16(status) else { return false };
+    match &outcome.answer {
+        Some(Answer::Whole { body, .. } | Answer::Refused { body, .. }) => {
+            is_context_length(status, body) && !is_content_filter(status, body)
+        }
+        _ => false,
+    }
+}
+
+/// Says which pool served, where that is not the routed one.
+fn served_by(headers: &mut HeaderMap, pool: Option<HeaderValue>) {
+    if let Some(pool) = pool {
+        headers.insert(X_EVERGATE_POOL, pool);
     }
 }
 

@@ -44,7 +44,7 @@ pub(super) struct Ledger {
 pub(super) struct Entry {
     /// Where it went.
     pub backend: Arc<Backend>,
-    /// `first`, `retry` or `failover`.
+    /// `first`, `retry`, `failover` or `fallback`.
     pub role: &'static str,
     /// What became of it.
     pub outcome: AttemptOutcome,
@@ -127,6 +127,11 @@ impl Ledger {
         }
     }
 
+    /// The model that was asked for.
+    pub(super) fn model(&self) -> Option<&str> {
+        self.model.as_deref()
+    }
+
     /// Whether an attempt went there before.
     pub(super) fn has_tried(&self, backend: &Arc<Backend>) -> bool {
         self.attempts.iter().any(|entry| Arc::ptr_eq(&entry.backend, backend))
@@ -163,6 +168,7 @@ impl Ledger {
             .attempts
             .iter()
             .map(|entry| AttemptRecord {
+                pool: &entry.backend.pool,
                 backend: &entry.backend.name,
                 role: entry.role,
                 outcome: entry.outcome,

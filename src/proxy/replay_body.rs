@@ -93,11 +93,12 @@ impl ReplayBody {
         Self::Streamed(Some(upload), fault)
     }
 
-    /// What is sent to a backend; a streamed body is given away.
-    pub(super) fn out(&mut self) -> OutBody {
+    /// What is sent to a backend: `instead` of a body that was kept, where there is another for its pool. A
+    /// streamed body is given away.
+    pub(super) fn out(&mut self, instead: Option<&Bytes>) -> OutBody {
         match self {
             Self::Empty => OutBody::Empty,
-            Self::Whole { bytes, .. } => OutBody::Whole(Some(bytes.clone())),
+            Self::Whole { bytes, .. } => OutBody::Whole(Some(instead.unwrap_or(bytes).clone())),
             Self::Streamed(upload, _) => match upload.take() {
                 Some(upload) => OutBody::Streamed(Box::pin(upload)),
                 None => OutBody::Empty,

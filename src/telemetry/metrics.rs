@@ -274,6 +274,7 @@ struct PoolFamilies {
     budget_empty: Family<IntCounter>,
     hedges: Family<IntCounter>,
     resumes: Family<IntCounter>,
+    fallbacks: Family<IntCounter>,
 }
 
 #[derive(Debug)]
@@ -416,6 +417,12 @@ impl Metrics {
                     "resumes_total",
                     "Broken streams, by whether they were continued.",
                     &["pool", "result"],
+                ),
+                fallbacks: counters(
+                    &r,
+                    "fallbacks_total",
+                    "Requests of this pool that were sent to another one, by why.",
+                    &["pool", "cause"],
                 ),
             },
             backend: BackendFamilies {
@@ -809,6 +816,11 @@ impl PoolMetrics {
         self.families.pool.hedges.get(&[&self.pool, result]).inc();
     }
 
+    /// Counts a request of this pool that goes to another one, by why.
+    pub fn count_fallback(&self, cause: &'static str) {
+        self.families.pool.fallbacks.get(&[&self.pool, cause]).inc();
+    }
+
     /// Counts a broken stream: `resumed`, or why not.
     pub fn count_resume(&self, result: &'static str) {
         self.families.pool.resumes.get(&[&self.pool, result]).inc();
@@ -1016,8 +1028,9 @@ impl PoolFamilies {
             budget_empty,
             hedges,
             resumes,
+            fallbacks,
         } = self;
-        for family in [retries, budget_empty, hedges, resumes] {
+        for family in [retries, budget_empty, hedges, resumes, fallbacks] {
             family.retain(keep);
         }
         for family in [backends, eligible, panic_mode, waiting] {
