@@ -13,6 +13,7 @@ mod fallback;
 mod health;
 mod hygiene;
 mod limits;
+mod poison;
 mod probe;
 mod relay;
 mod reload;

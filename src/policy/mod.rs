@@ -9,6 +9,7 @@ pub mod dialect;
 pub mod fallback;
 pub mod health;
 pub mod json;
+pub mod poison;
 pub mod retry;
 pub mod route;
 

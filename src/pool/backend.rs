@@ -18,6 +18,7 @@ use crate::policy::balance::{Ewma, RecentFailures, stable_hash};
 use crate::policy::health::{
     Administrative, Arrival, Health, HealthPolicy, Observation, Peers, ProbeVerdict, Standing, Transition,
 };
+use crate::policy::poison::{self, Breaks};
 use crate::pool::pick::Class;
 use crate::telemetry::metrics::BackendMetrics;
 use crate::upstream::{Addresses, Lane};
@@ -34,6 +35,12 @@ impl BackendId {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         Self(NEXT.fetch_add(1, Ordering::Relaxed))
     }
+}
+
+/// A number for an exchange that broke off: never used twice in the process.
+pub fn exchange_number() -> poison::Exchange {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
 /// One replica.
@@ -65,6 +72,8 @@ pub struct Backend {
     /// Its state has changed: a probe may be due sooner than its prober thought.
     nudged: Notify,
     arrival: Arrival,
+    /// Who broke off here lately.
+    breaks: Mutex<Breaks>,
 }
 
 /// The models a backend lists.
@@ -254,6 +263,7 @@ impl Backend {
             last_probe: ArcSwapOption::empty(),
             nudged: Notify::new(),
             arrival,
+            breaks: Mutex::default(),
         }
     }
 
@@ -363,6 +373,16 @@ impl Backend {
         for lane in &self.lanes {
             lane.close_kept();
         }
+    }
+
+    /// An attempt of `exchange` broke off here.
+    pub fn broke_off(&self, exchange: poison::Exchange) {
+        self.breaks.lock().note(exchange, clock::now());
+    }
+
+    /// Who broke off here lately.
+    pub fn breaks(&self) -> Breaks {
+        self.breaks.lock().clone()
     }
 
     /// How it came into its pool.

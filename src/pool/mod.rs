@@ -12,11 +12,13 @@ mod judge;
 mod pick;
 mod snapshot;
 mod state;
+mod ward;
 
-pub use backend::{Backend, BackendId, LastProbe, Listed, Record};
+pub use backend::{Backend, BackendId, LastProbe, Listed, Record, exchange_number};
 pub use each::{Place, for_each_backend};
 pub use in_flight::InFlight;
 pub use judge::{About, Receipt};
 pub use pick::{Choice, Class, Nobody, Wanted};
 pub use snapshot::{Applied, Directory, Member, Pool, Snapshot};
 pub use state::{PoolState, Waiting};
+pub use ward::{Turn, Ward};

@@ -63,6 +63,8 @@ pub struct Wanted<'a> {
     pub affinity: Option<u64>,
     /// Bytes of the request body.
     pub prompt_bytes: u64,
+    /// The only backend that may take it, where it is kept apart from others.
+    pub only: Option<BackendId>,
     /// Whether it may be lost: then it may be a backend's trial.
     pub replayable: bool,
 }
@@ -261,8 +263,10 @@ impl Pool {
 }
 
 impl Wanted<'_> {
+    /// Whether it is out of the question: tried, or not the only one that may take it.
     fn has_tried(&self, member: &Member) -> bool {
-        self.tried.contains(&member.backend.id)
+        let id = member.backend.id;
+        self.only.is_some_and(|only| only != id) || self.tried.contains(&id)
     }
 }
 

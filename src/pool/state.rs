@@ -11,6 +11,7 @@ use crate::clock;
 use crate::policy::Moment;
 use crate::policy::retry::{Budget, Burst, RetryPolicy};
 use crate::pool::pick::Class;
+use crate::pool::ward::Ward;
 use crate::telemetry::Telemetry;
 use crate::telemetry::events::BudgetEmpty;
 use crate::telemetry::metrics::PoolMetrics;
@@ -23,6 +24,8 @@ pub struct PoolState {
     /// Its metric handles.
     pub metrics: PoolMetrics,
     pub(super) telemetry: Arc<Telemetry>,
+    /// Requests that killed replicas.
+    pub ward: Arc<Ward>,
     /// Rotation of round robin.
     pub(super) cursor: AtomicUsize,
     budget: Mutex<Budget>,
@@ -47,6 +50,7 @@ impl PoolState {
         Self {
             metrics: telemetry.metrics.pool(name),
             telemetry,
+            ward: Arc::default(),
             cursor: AtomicUsize::new(0),
             budget: Mutex::default(),
             burst: Mutex::default(),

@@ -16,11 +16,15 @@ use crate::policy::Moment;
 use crate::policy::dialect::{ErrorClass, is_content_filter, is_context_length};
 use crate::policy::fallback::{FallbackCause, Used};
 use crate::policy::health::Observation;
-use crate::policy::retry::{self, Cause, Facts, History, Next, Phase, Reason, Verdict, backoff, decide};
-use crate::pool::{About, BackendId, Choice, Nobody, Pool, Receipt, Wanted};
+use crate::policy::poison::{fingerprint, may_be_a_death};
+use crate::policy::retry::{
+    self, Cause, Facts, History, Next, Phase, Reason, Verdict, all_failed_alike, backoff, decide,
+};
+use crate::pool::{About, BackendId, Choice, Nobody, Pool, Receipt, Turn, Wanted};
 use crate::proxy::admit::Asked;
 use crate::proxy::attempt::{Answer, Attempt, Outcome};
 use crate::proxy::headers::{X_EVERGATE_POOL, X_REQUEST_ID};
+use crate::proxy::inquest::Inquest;
 use crate::proxy::ledger::{Entry, Ledger};
 use crate::proxy::leg::Leg;
 use crate::proxy::relay::{AnswerBody, Serving};
@@ -30,7 +34,7 @@ use crate::proxy::sse_relay::{EventRelay, Silence};
 use crate::proxy::tunnel;
 use crate::proxy::watch::Watch;
 use crate::proxy::worker::Worker;
-use crate::telemetry::events::MisconfiguredBackend;
+use crate::telemetry::events::{MisconfiguredBackend, RequestKills};
 use crate::telemetry::metrics::{AttemptOutcome, End};
 use crate::upstream::Want;
 
@@ -68,8 +72,12 @@ pub(super) struct Exchange {
     failed: Option<Facts>,
     /// The latest answer that was not good enough, and the pool it came from where that is a fallback.
     last: Option<(Answer, Option<HeaderValue>)>,
-    /// A fault that may turn out to be the request's own.
-    blamed: Option<Receipt>,
+    /// Where it broke off.
+    inquest: Inquest,
+    /// It is kept apart: its like has killed replicas.
+    turn: Option<Turn>,
+    /// Faults that may turn out to be the request's own, one for each backend that was at fault.
+    faults: SmallVec<[(Cause, Receipt); 2]>,
     /// Between attempts.
     alarm: Option<Alarm>,
     /// End of all waiting for a backend.
@@ -101,7 +109,9 @@ impl Exchange {
             fresh: false,
             failed: None,
             last: None,
-            blamed: None,
+            inquest: Inquest::default(),
+            turn: None,
+            faults: SmallVec::new(),
             alarm: None,
             wait_until: None,
         })
@@ -111,15 +121,17 @@ impl Exchange {
     // the attempt loop
     pub(super) async fn run(mut self: Box<Self>) -> Response<AnswerBody> {
         loop {
-            let choice = match self.choose().await {
+            let choice = match self.seek().await {
                 Ok(choice) => choice,
-                Err(refusal) if self.fall_back_from(&refusal) => continue,
                 Err(refusal) => return self.nobody(refusal),
             };
             let (outcome, watch) = self.attempt(&choice).await;
             let verdict = retry::verdict(&outcome.facts);
             let next = self.decide(&outcome.facts, verdict);
             self.learn(&choice, &outcome, verdict, next);
+            if self.kills(&choice, &outcome).await {
+                return self.nobody(Refusal::Kills);
+            }
             if let Some(leg) = self.leg_after(&outcome, verdict, next) {
                 self.leave_pool(leg, &choice, outcome, watch, next);
                 continue;
@@ -128,6 +140,25 @@ impl Exchange {
                 Next::Failover | Next::Again => self.set_aside(&choice, outcome, watch, next),
                 Next::Relay | Next::RelayAsRequestFault => return self.relay(choice, outcome, watch),
                 Next::GiveUp(reason) => return self.give_up(choice, outcome, watch, reason),
+            }
+        }
+    }
+
+    /// The backend of the next attempt, here or at a pool that this one falls back to.
+    async fn seek(&mut self) -> Result<Choice, Refusal> {
+        if self.leg.pool.state.ward.is_armed() && self.ledger.attempts() == 0 {
+            self.keep_apart().await?;
+        }
+        loop {
+            match self.choose().await {
+                Ok(choice) => {
+                    if let Some(turn) = &self.turn {
+                        turn.runs_at(choice.backend().id);
+                    }
+                    return Ok(choice);
+                }
+                Err(refusal) if self.fall_back_from(&refusal) => {}
+                Err(refusal) => return Err(refusal),
             }
         }
     }
@@ -177,6 +208,7 @@ impl Exchange {
             class: self.asked.class,
             model: self.leg.pool.judged_model(self.leg.model.as_deref()),
             affinity: self.leg.affinity,
+            only: self.turn.as_ref().and_then(Turn::place),
             prompt_bytes: self.asked.prompt_bytes,
             replayable: self.is_replayable(),
         };
@@ -269,7 +301,7 @@ impl Exchange {
     fn learn(&mut self, choice: &Choice, outcome: &Outcome, verdict: Verdict, next: Next) {
         let facts = &outcome.facts;
         let own_fault = next == Next::RelayAsRequestFault;
-        if own_fault && let Some(receipt) = self.blamed.take() {
+        if own_fault && let Some((_, receipt)) = self.faults.pop() {
             receipt.forgive();
         }
         let (observation, counted) = match verdict {
@@ -296,7 +328,7 @@ impl Exchange {
             }
         });
         if observation == Observation::Fault {
-            self.blamed = Some(choice.receipt());
+            self.faults.push((facts.cause, choice.receipt()));
         }
         self.note_speed(choice, outcome, verdict);
         if verdict == Verdict::Misconfigured {
@@ -341,6 +373,51 @@ impl Exchange {
         }
     }
 
+    /// A request that killed replicas runs alone: one attempt, on a connection of its own.
+    async fn keep_apart(&mut self) -> Result<(), Refusal> {
+        let ward = &self.leg.pool.state.ward;
+        let Some(fingerprint) = self.fingerprint().filter(|fingerprint| ward.holds(*fingerprint)) else {
+            return Ok(());
+        };
+        let turn = tokio::time::timeout(self.leg.policy.wait_max, ward.turn(fingerprint));
+        self.turn = Box::pin(turn).await.map_err(|_elapsed| Refusal::Busy(None))?;
+        if self.turn.is_some() {
+            self.leg.policy.attempts_max = 1;
+            self.fresh = true;
+        }
+        Ok(())
+    }
+
+    fn fingerprint(&self) -> Option<u64> {
+        let routed = self.routed.as_ref().map_or(&self.leg, |routed| &routed.leg);
+        self.body.bytes().map(|bytes| fingerprint(routed.path.as_str(), bytes))
+    }
+
+    /// Whether this request has killed the backends it was sent to, so that no other is to have it.
+    async fn kills(&mut self, choice: &Choice, outcome: &Outcome) -> bool {
+        if !self.inquest.opens(choice, &outcome.facts) {
+            return false;
+        }
+        if !Box::pin(self.inquest.blames(&self.worker)).await {
+            return false;
+        }
+        if let Some(fingerprint) = self.fingerprint() {
+            let routed = self.routed.as_ref().map_or(&self.leg, |routed| &routed.leg);
+            for pool in self.inquest.pools().chain([&routed.pool]) {
+                pool.state.ward.remember(fingerprint);
+            }
+        }
+        RequestKills {
+            at: &self.leg.pool.state.metrics,
+            request_id: self.ledger.id.to_str().unwrap_or_default(),
+            backends: &self.inquest.backends(),
+        }
+        .emit(self.worker.telemetry());
+        self.last = None;
+        self.routed = None;
+        true
+    }
+
     /// On to the next attempt.
     fn set_aside(&mut self, choice: &Choice, outcome: Outcome, watch: Watch, next: Next) {
         self.history.add(&outcome.facts);
@@ -383,7 +460,11 @@ impl Exchange {
         let routed = self.routed.as_ref().map_or(&self.leg, |routed| &routed.leg);
         let list = &routed.pool.config.fallbacks;
         let nature = &self.asked.nature;
-        let movable = !list.is_empty() && nature.inference && !nature.stateful && self.body.is_here();
+        let movable = !list.is_empty()
+            && self.turn.is_none()
+            && nature.inference
+            && !nature.stateful
+            && self.body.is_here();
         if movable { self.fallbacks_used.next(list, cause) } else { None }
     }
 
@@ -443,17 +524,30 @@ impl Exchange {
     }
 
     fn give_up(
-        self: Box<Self>,
+        mut self: Box<Self>,
         choice: Choice,
         outcome: Outcome,
         watch: Watch,
         reason: Reason,
     ) -> Response<AnswerBody> {
+        self.acquit();
         if outcome.answer.is_some() {
             return self.relay(choice, outcome, watch);
         }
+        if let Some(turn) = self.turn.take_if(|_| may_be_a_death(&outcome.facts)) {
+            turn.broke();
+            return self.nobody(Refusal::Kills);
+        }
         let refusal = self.failure(&outcome.facts, reason);
         self.nobody(refusal)
+    }
+
+    /// Takes the faults back where every backend that was asked failed alike.
+    fn acquit(&mut self) {
+        let all = self.faults.len() == usize::from(self.ledger.attempts()) && self.ledger.asked_each_once();
+        if all && all_failed_alike(self.faults.iter().map(|(cause, _)| *cause)) {
+            self.faults.drain(..).for_each(|(_, receipt)| receipt.forgive());
+        }
     }
 
     fn failure(&self, facts: &Facts, reason: Reason) -> Refusal {
@@ -483,6 +577,11 @@ impl Exchange {
     fn relay(mut self: Box<Self>, choice: Choice, outcome: Outcome, watch: Watch) -> Response<AnswerBody> {
         let taught = retry::verdict(&outcome.facts) != Verdict::Success;
         let cause = outcome.facts.cause;
+        // Who answers is alive, whatever the answer says; a stream has yet to come to its end.
+        let whole = matches!(outcome.answer, Some(Answer::Whole { .. } | Answer::Refused { .. }));
+        if let Some(turn) = self.turn.take_if(|_| whole) {
+            turn.served();
+        }
         match outcome.answer {
             None => {
                 let refusal = Refusal::Failed { cause, enough: "not_retried" };
@@ -530,7 +629,8 @@ impl Exchange {
         head.headers.insert(X_REQUEST_ID, self.ledger.id.clone());
         served_by(&mut head.headers, self.leg.named());
         let own_credentials = choice.member().params.own_credentials;
-        let serving = Serving { choice, ledger: self.ledger, watch, started, own_credentials, told };
+        let turn = self.turn;
+        let serving = Serving { choice, ledger: self.ledger, watch, started, own_credentials, told, turn };
         (head, serving, self.switch)
     }
 

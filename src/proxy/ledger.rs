@@ -137,6 +137,12 @@ impl Ledger {
         self.attempts.iter().any(|entry| Arc::ptr_eq(&entry.backend, backend))
     }
 
+    /// Whether no backend was asked twice.
+    pub(super) fn asked_each_once(&self) -> bool {
+        let mut entries = self.attempts.iter().enumerate();
+        entries.all(|(i, one)| self.attempts[..i].iter().all(|two| !Arc::ptr_eq(&one.backend, &two.backend)))
+    }
+
     /// Attempts so far.
     pub(super) fn attempts(&self) -> u8 {
         u8::try_from(self.attempts.len()).unwrap_or(u8::MAX)

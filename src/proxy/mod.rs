@@ -9,6 +9,7 @@ mod attempt;
 mod client;
 mod exchange;
 mod headers;
+mod inquest;
 mod ledger;
 mod leg;
 mod models;
@@ -170,6 +171,7 @@ impl Worker {
             model: None,
             affinity: None,
             prompt_bytes: 0,
+            only: None,
             replayable: false,
         };
         if snapshot.routes.needs_model(&view(head)) {

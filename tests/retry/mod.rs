@@ -151,6 +151,36 @@ async fn what_two_serving_backends_fail_alike_is_the_requests_own_fault() {
 }
 
 #[tokio::test]
+async fn one_request_that_all_fail_ejects_nobody_from_a_fleet_without_other_traffic() {
+    for http in Http::BOTH {
+        let poisoned = |request: &crate::support::backend::RequestSeen| {
+            if request.body.windows(6).any(|word| word == b"poison") {
+                reply::error(500)
+            } else {
+                reply::healthy(request, &Talk::default())
+            }
+        };
+        let mut backends = Vec::new();
+        for _ in 0..4 {
+            backends.push(Backend::start(Script::new().by_request(poisoned)).await);
+        }
+        let proxy = Proxy::start(&backends.iter().fold(
+            ProxyBuilder::new().set("pool.probe.kind", "off").set("pool.balance.strategy", "round_robin"),
+            |b, backend| b.backend(&backend.url()),
+        ));
+        let poison = crate::support::client::chat_request_for("test-model", "poison", true);
+        for _ in 0..10 {
+            assert_eq!(http.send(proxy.addr, &poison).await.status, 500);
+        }
+        for backend in &backends {
+            assert_ne!(state(&proxy, backend.addr()), "ejected");
+        }
+        assert_is_the_stream(&http.send(proxy.addr, &chat_request(true)).await);
+        proxy.is_quiet().await;
+    }
+}
+
+#[tokio::test]
 async fn two_backends_that_fail_everybody_are_no_reason_not_to_ask_the_third() {
     for http in Http::BOTH {
         let mut backends = all(2, &reply::error(500)).await;

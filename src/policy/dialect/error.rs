@@ -96,7 +96,7 @@ fn classify(words: &Words, status: Option<u16>) -> ErrorClass {
     }
     if words.name_the_context_length() || words.name_a_content_filter() {
         let client = status.filter(|status| (400..500).contains(status));
-        return ErrorClass::ClientFault(client.unwrap_or(400));
+        return ErrorClass::ClientFault(client.or_else(|| words.named_client_fault()).unwrap_or(400));
     }
     if let Some(status) = status.or(words.status) {
         return match status {
