@@ -62,6 +62,9 @@ pub struct Backend {
     /// What it last said at `/v1/models`.
     listed: ArcSwapOption<Listed>,
     last_probe: ArcSwapOption<LastProbe>,
+    last_verify: Mutex<Option<Verified>>,
+    /// Somebody suspects it and wants it asked at once.
+    verify_wanted: Notify,
     /// Its state has changed: a probe may be due sooner than its prober thought.
     nudged: Notify,
     arrival: Arrival,
@@ -87,6 +90,17 @@ pub struct LastProbe {
     pub at: Moment,
     /// How long it took, the connection included.
     pub took: Duration,
+}
+
+/// A probe made on demand, because unfinished work there stands still.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Verified {
+    /// When it began. One that began before a suspicion arose says nothing about it.
+    pub asked: Moment,
+    /// When it ended.
+    pub ended: Moment,
+    /// Whether an answer came in time that is no failure. A 503 is an answer: the engine loads or drains.
+    pub answered: bool,
 }
 
 /// The judge of one (backend, model), and what speed and failures it showed.
@@ -252,6 +266,8 @@ impl Backend {
             admin: AtomicU8::new(Administrative::Enabled as u8),
             listed: ArcSwapOption::empty(),
             last_probe: ArcSwapOption::empty(),
+            last_verify: Mutex::new(None),
+            verify_wanted: Notify::new(),
             nudged: Notify::new(),
             arrival,
         }
@@ -347,6 +363,28 @@ impl Backend {
     /// This was its latest probe; returns the one before.
     pub fn set_last_probe(&self, probe: LastProbe) -> Option<Arc<LastProbe>> {
         self.last_probe.swap(Some(Arc::new(probe)))
+    }
+
+    /// Asks its prober for one probe at once: whether it still answers. Cheap, and never wrong to call again: wishes
+    /// that come together are one, and there is at most one such probe a second. Nothing comes of it where
+    /// [`Pool::can_verify`](crate::pool::Pool::can_verify) says no.
+    pub fn want_verify(&self) {
+        self.verify_wanted.notify_one();
+    }
+
+    /// What the latest probe on demand showed; none before the first.
+    pub fn last_verify(&self) -> Option<Verified> {
+        *self.last_verify.lock()
+    }
+
+    /// This was its latest probe on demand.
+    pub fn set_last_verify(&self, verified: Verified) {
+        *self.last_verify.lock() = Some(verified);
+    }
+
+    /// Resolves when a probe on demand was wanted since the last call resolved. For its prober alone.
+    pub async fn verify_wanted(&self) {
+        self.verify_wanted.notified().await;
     }
 
     /// Resolves when its state has changed since the last call resolved. For its prober alone.

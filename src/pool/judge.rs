@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::clock;
+use crate::config::ProbeKind;
 use crate::policy::Moment;
 use crate::policy::health::{
     Administrative, Observation, Operational, Panic, Peers, ProbeVerdict, Standing, Transition,
@@ -101,6 +102,16 @@ impl Pool {
     /// Whether the prober of member `i` may use its long interval.
     pub fn is_steady(&self, i: usize) -> bool {
         self.members[i].backend.whole().read(|health| health.steady(clock::now()))
+    }
+
+    /// Whether [`Backend::want_verify`] brings a [`Verified`](crate::pool::Verified): whether a probe asks the
+    /// engine something. A connection proves nothing, for the kernel accepts it on behalf of a frozen process.
+    pub fn can_verify(&self, i: usize) -> bool {
+        debug_assert!(i < self.members.len());
+        match self.config.probe.kind {
+            ProbeKind::Http { .. } => true,
+            ProbeKind::Tcp | ProbeKind::Off => false,
+        }
     }
 
     /// Lets time pass: ejections end, slow starts end, medians and gauges are brought up to date. Called a few

@@ -13,7 +13,7 @@ mod pick;
 mod snapshot;
 mod state;
 
-pub use backend::{Backend, BackendId, LastProbe, Listed, Record};
+pub use backend::{Backend, BackendId, LastProbe, Listed, Record, Verified};
 pub use each::{Place, for_each_backend};
 pub use in_flight::InFlight;
 pub use judge::{About, Receipt};
