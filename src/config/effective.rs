@@ -15,6 +15,7 @@ use super::{
 };
 use crate::policy::balance::{AffinityKey, BalancePolicy};
 use crate::policy::health::HealthPolicy;
+use crate::policy::progress::ProgressPolicy;
 use crate::policy::retry::{Replay, RetryPolicy};
 use crate::policy::route::Route;
 
@@ -193,7 +194,8 @@ fn telemetry_table(out: &mut Writer, telemetry: &Telemetry) {
 }
 
 fn pool(out: &mut Writer, pool: &Pool) {
-    let Pool { name, backends, models, aliases, balance, health, probe, retry, clocks, tls, http } = pool;
+    let Pool { name, backends, models, aliases, balance, health, probe, progress, retry, clocks, tls, http } =
+        pool;
     out.table("[[pool]]");
     out.string("name", name);
     out.strings("models", models);
@@ -208,6 +210,7 @@ fn pool(out: &mut Writer, pool: &Pool) {
     balance_table(out, balance);
     health_table(out, health);
     probe_table(out, probe);
+    progress_table(out, progress);
     retry_table(out, retry);
     clocks_table(out, clocks);
     tls_table(out, tls);
@@ -322,6 +325,24 @@ fn probe_table(out: &mut Writer, probe: &Probe) {
     out.duration("interval", *interval);
     out.duration("interval_unsteady", *interval_unsteady);
     out.duration("timeout", *timeout);
+}
+
+fn progress_table(out: &mut Writer, progress: &ProgressPolicy) {
+    let ProgressPolicy {
+        first_token_min,
+        first_token_unknown,
+        token_gap_min,
+        token_gap_unknown,
+        factor,
+        hedge_ratio,
+    } = *progress;
+    out.table("[pool.progress]");
+    out.duration("first_token_min", first_token_min);
+    out.duration("first_token_unknown", first_token_unknown);
+    out.duration("token_gap_min", token_gap_min);
+    out.duration("token_gap_unknown", token_gap_unknown);
+    out.number("factor", factor);
+    out.number("hedge_ratio", hedge_ratio);
 }
 
 fn replay_name(replay: Replay) -> &'static str {

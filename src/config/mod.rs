@@ -37,6 +37,7 @@ use ipnet::IpNet;
 
 use crate::policy::balance::BalancePolicy;
 use crate::policy::health::HealthPolicy;
+use crate::policy::progress::ProgressPolicy;
 use crate::policy::retry::RetryPolicy;
 use crate::policy::route::Route;
 
@@ -115,6 +116,8 @@ pub struct Pool {
     pub health: HealthPolicy,
     /// Active checks.
     pub probe: Probe,
+    /// When silence is suspicious, and how much of it may be hedged.
+    pub progress: ProgressPolicy,
     /// What may be sent again, how often.
     pub retry: RetryPolicy,
     /// Clocks of the backend side.

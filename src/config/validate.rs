@@ -23,6 +23,7 @@ use super::{
 };
 use crate::policy::balance::{AffinityKey, BalancePolicy};
 use crate::policy::health::HealthPolicy;
+use crate::policy::progress::ProgressPolicy;
 use crate::policy::retry::{Replay, RetryPolicy};
 use crate::policy::route::Route;
 
@@ -236,6 +237,7 @@ fn pool(table: &Table<'_>, name: String, listeners: &[Listener]) -> Pool {
         balance: balance(&table.table("balance", &keys::BALANCE)),
         health: health(&table.table("health", &keys::HEALTH), probe.kind != ProbeKind::Off),
         probe,
+        progress: progress(&table.table("progress", &keys::PROGRESS)),
         retry: retry(&table.table("retry", &keys::RETRY)),
         clocks: backend_clocks(&table.table("clocks", &keys::CLOCKS)),
         tls: upstream_tls(&table.table("tls", &keys::UPSTREAM_TLS)),
@@ -615,6 +617,28 @@ fn probe(table: &Table<'_>) -> Probe {
     not_longer(table, "interval_unsteady", probe.interval_unsteady, "interval", probe.interval);
     table.refuse_unknown_keys();
     probe
+}
+
+fn progress(table: &Table<'_>) -> ProgressPolicy {
+    let default = ProgressPolicy::default();
+    let running = |key, default| table.duration(key, default, RUNNING);
+    let progress = ProgressPolicy {
+        first_token_min: running("first_token_min", default.first_token_min),
+        first_token_unknown: running("first_token_unknown", default.first_token_unknown),
+        token_gap_min: running("token_gap_min", default.token_gap_min),
+        token_gap_unknown: running("token_gap_unknown", default.token_gap_unknown),
+        factor: table.number("factor", default.factor, 1.0..=1_000.0),
+        hedge_ratio: table.number("hedge_ratio", default.hedge_ratio, 0.0..=1.0),
+    };
+    let pairs = [
+        ("first_token_min", progress.first_token_min, "first_token_unknown", progress.first_token_unknown),
+        ("token_gap_min", progress.token_gap_min, "token_gap_unknown", progress.token_gap_unknown),
+    ];
+    for (low, least, high, most) in pairs {
+        not_longer(table, low, least, high, most);
+    }
+    table.refuse_unknown_keys();
+    progress
 }
 
 fn probe_path(item: &Item<'_>) -> Option<PathAndQuery> {

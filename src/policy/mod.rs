@@ -7,7 +7,9 @@
 pub mod balance;
 pub mod dialect;
 pub mod health;
+pub mod hedge;
 pub mod json;
+pub mod progress;
 pub mod retry;
 pub mod route;
 

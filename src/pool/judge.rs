@@ -118,6 +118,7 @@ impl Pool {
     /// times a second by one task.
     pub fn tick(&self) {
         let now = clock::now();
+        self.watch_progress(now);
         self.settle(now);
         self.state.turn_peak(now);
         self.state.publish_budget(&self.config.retry, now);
@@ -157,7 +158,7 @@ impl Pool {
     }
 
     /// Lets every judge take notice of the time and of the others, until none has anything to say.
-    fn settle(&self, now: Moment) {
+    pub(super) fn settle(&self, now: Moment) {
         if self.retired.load(Ordering::Acquire) {
             return;
         }
@@ -186,7 +187,7 @@ impl Pool {
         }
     }
 
-    fn peers(&self, i: usize, model: Option<&str>, now: Moment) -> Peers {
+    pub(super) fn peers(&self, i: usize, model: Option<&str>, now: Moment) -> Peers {
         self.census(model, now).without(i)
     }
 
@@ -234,7 +235,13 @@ impl Pool {
     }
 
     /// Tells a transition, and does what follows from it.
-    fn publish(&self, i: usize, record: &Arc<Record>, model: Option<&str>, transition: &Transition) {
+    pub(super) fn publish(
+        &self,
+        i: usize,
+        record: &Arc<Record>,
+        model: Option<&str>,
+        transition: &Transition,
+    ) {
         let member = &self.members[i];
         let backend = &member.backend;
         let (ejected_for, worse) = match transition {
