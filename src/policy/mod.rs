@@ -8,6 +8,7 @@ pub mod balance;
 pub mod dialect;
 pub mod health;
 pub mod json;
+pub mod outlier;
 pub mod retry;
 pub mod route;
 

@@ -20,6 +20,11 @@ pub enum EjectReason {
     Misconfigured,
     /// Unfinished work stands still there while its peers move (verified by the caller).
     Stuck,
+    /// It has been much slower than its peers for some time (`policy::outlier`).
+    Slow {
+        /// So many times.
+        ratio: f64,
+    },
 }
 
 impl EjectReason {
@@ -30,6 +35,7 @@ impl EjectReason {
             Self::SuccessRate { .. } => "success_rate",
             Self::Misconfigured => "misconfigured",
             Self::Stuck => "stuck",
+            Self::Slow { .. } => "slow",
         }
     }
 }
@@ -43,6 +49,7 @@ impl fmt::Display for EjectReason {
             }
             Self::Misconfigured => f.write_str("misconfigured"),
             Self::Stuck => f.write_str("stuck"),
+            Self::Slow { ratio } => write!(f, "{ratio:.1} times slower than its peers"),
         }
     }
 }
@@ -52,7 +59,7 @@ impl fmt::Display for EjectReason {
 pub enum KeptBecause {
     /// No other backend of the pool is eligible.
     LastEligible,
-    /// Half of the pool is ejected already, and a rate is no proof of death.
+    /// Half of the pool is ejected already, and a rate or a speed is no proof of death.
     HalfEjected,
 }
 
