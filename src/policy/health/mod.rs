@@ -10,8 +10,8 @@
 //!    └── first token of a trial ┘     └────────── the trial fails ──────────────┘
 //! ```
 //!
-//! Faults are three in a row, a rate well below the peers', verified standstill, or misconfiguration. Three
-//! things lie across these states: the verdict of the probes, *busy* (a wish, never a fault) and *refusing*
+//! Faults are three in a row, a rate well below the peers', verified standstill, lasting slowness, or
+//! misconfiguration. Three things lie across these states: the verdict of the probes, *busy* (a wish, never a fault) and *refusing*
 //! (a probe answered 503). Back in service, the windows are empty and the share climbs for ten seconds.
 //!
 //! Invariants: an observation never removes the last eligible backend; one trial at a time; an ejection
@@ -19,7 +19,7 @@
 //! eligible again within that and one probe. With nobody eligible the caller sends suspects one attempt each ([`Panic`]), and such an attempt is as
 //! good as a trial.
 //!
-//! Not here: what is a fault (`policy::retry`), who is slow (`policy::progress`), doing anything about it.
+//! Not here: what is a fault (`policy::retry`), who is slow (`policy::outlier`), doing anything about it.
 
 mod admin;
 mod ejection;
@@ -434,6 +434,24 @@ impl Health {
         self.remove(policy, now, EjectReason::Stuck(proof), peers, rng)
     }
 
+    /// Ejects a backend that has been `ratio` times slower than its peers for long enough, under the rules of the
+    /// success rate: not the last eligible, and not when half of the pool is ejected already. A trial is judged
+    /// by its first token, not by this.
+    pub fn eject_slow(
+        &mut self,
+        policy: &HealthPolicy,
+        now: Moment,
+        ratio: f64,
+        peers: &Peers,
+        rng: &mut fastrand::Rng,
+    ) -> Option<Transition> {
+        self.remember(policy, peers);
+        if self.on_trial() {
+            return None;
+        }
+        self.remove(policy, now, EjectReason::Slow { ratio }, peers, rng)
+    }
+
     /// True for exactly one caller in probation, until an outcome is observed or the trial is abandoned.
     pub fn begin_trial(&mut self, now: Moment) -> bool {
         let free = match self.phase {
@@ -671,7 +689,8 @@ impl Health {
         match self.phase {
             Phase::Serving if self.barred() => return None,
             Phase::Serving => {
-                let statistical = matches!(reason, EjectReason::SuccessRate { .. });
+                let statistical =
+                    matches!(reason, EjectReason::SuccessRate { .. } | EjectReason::Slow { .. });
                 if peers.others_eligible == 0 {
                     return self.keep(now, reason, KeptBecause::LastEligible);
                 }
@@ -688,9 +707,10 @@ impl Health {
                 let lasts = ejection::shortened(policy.misconfigured_ejection, policy.ejection_jitter, rng);
                 (lasts, self.doubling.times())
             }
-            EjectReason::ConsecutiveFaults(_) | EjectReason::SuccessRate { .. } | EjectReason::Stuck(_) => {
-                self.doubling.next(policy, rng)
-            }
+            EjectReason::ConsecutiveFaults(_)
+            | EjectReason::SuccessRate { .. }
+            | EjectReason::Stuck(_)
+            | EjectReason::Slow { .. } => self.doubling.next(policy, rng),
         };
         let until = self.leave(now, lasts);
         Some(Transition::Ejected { until, lasts, times, reason })

@@ -463,6 +463,36 @@ fn a_stuck_backend_is_ejected_without_a_fault() {
 }
 
 #[test]
+fn a_slow_backend_is_ejected_under_the_rules_of_the_success_rate() {
+    let slow = |bench: &mut Bench| {
+        let Bench { policy, now, peers, rng, health } = bench;
+        health.eject_slow(policy, *now, 7.0, peers, rng)
+    };
+    let mut bench = Bench::healthy();
+    bench.peers = ALONE;
+    assert!(matches!(slow(&mut bench), Some(Transition::Kept { because: KeptBecause::LastEligible, .. })));
+    let mut bench = Bench::healthy();
+    bench.peers = Peers { members: 4, others_eligible: 1, others_ejected: 2, ..ONE_OTHER };
+    assert!(matches!(slow(&mut bench), Some(Transition::Kept { because: KeptBecause::HalfEjected, .. })));
+    assert!(bench.eligible());
+    bench.peers.others_ejected = 1;
+    let ejected = slow(&mut bench);
+    assert!(
+        matches!(
+            ejected,
+            Some(Transition::Ejected { times: 1, reason: EjectReason::Slow { ratio: 7.0 }, .. })
+        ),
+        "{ejected:?}"
+    );
+    assert!(bench.out());
+    assert_eq!(slow(&mut bench), None, "it is out already");
+    let mut bench = Bench::on_probation();
+    assert!(bench.health.begin_trial(bench.now));
+    assert_eq!(slow(&mut bench), None, "of work begun before the ejection");
+    assert!(bench.health.on_trial());
+}
+
+#[test]
 fn stragglers_neither_lengthen_an_ejection_nor_end_it() {
     let mut bench = Bench::ejected();
     let before = bench.standing();
@@ -646,6 +676,7 @@ enum Happening {
     BeginTrial,
     AbandonTrial,
     Stuck,
+    Slow,
     Pass(u32),
 }
 
@@ -672,6 +703,7 @@ fn happening() -> impl Strategy<Value = Happening> {
         1 => Just(Happening::BeginTrial),
         1 => Just(Happening::AbandonTrial),
         1 => Just(Happening::Stuck),
+        1 => Just(Happening::Slow),
         4 => (0u32..20_000_000).prop_map(Happening::Pass),
     ]
 }
@@ -758,6 +790,7 @@ impl Pool {
                 None
             }
             Happening::Stuck => health.eject_stuck(policy, now, Proof::Unanswered, &peers, rng),
+            Happening::Slow => health.eject_slow(policy, now, 6.0, &peers, rng),
             Happening::Pass(micros) => {
                 self.now = self.now + Duration::from_micros(u64::from(micros));
                 None

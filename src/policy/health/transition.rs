@@ -21,6 +21,11 @@ pub enum EjectReason {
     Misconfigured,
     /// Unfinished work stands still there, for this proof.
     Stuck(Proof),
+    /// It has been much slower than its peers for some time (`policy::outlier`).
+    Slow {
+        /// So many times.
+        ratio: f64,
+    },
 }
 
 impl EjectReason {
@@ -31,6 +36,7 @@ impl EjectReason {
             Self::SuccessRate { .. } => "success_rate",
             Self::Misconfigured => "misconfigured",
             Self::Stuck(_) => "stuck",
+            Self::Slow { .. } => "slow",
         }
     }
 }
@@ -47,6 +53,7 @@ impl fmt::Display for EjectReason {
             Self::Stuck(Proof::Outrun) => {
                 f.write_str("its work stands still while its peers serve what came later")
             }
+            Self::Slow { ratio } => write!(f, "{ratio:.1} times slower than its peers"),
         }
     }
 }
@@ -56,7 +63,7 @@ impl fmt::Display for EjectReason {
 pub enum KeptBecause {
     /// No other backend of the pool is eligible.
     LastEligible,
-    /// Half of the pool is ejected already, and a rate is no proof of death.
+    /// Half of the pool is ejected already, and a rate or a speed is no proof of death.
     HalfEjected,
 }
 
