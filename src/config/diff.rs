@@ -275,8 +275,21 @@ fn pool_changes(changes: &mut Vec<Change>, old: &[Pool], new: &[Pool]) {
 }
 
 fn one_pool(changes: &mut Vec<Change>, old: &Pool, new: &Pool) {
-    let Pool { name, backends, models, aliases, balance, health, probe, progress, retry, clocks, tls, http } =
-        new;
+    let Pool {
+        name,
+        backends,
+        models,
+        aliases,
+        balance,
+        health,
+        probe,
+        progress,
+        outlier,
+        retry,
+        clocks,
+        tls,
+        http,
+    } = new;
     let keys = named([
         ("models", old.models != *models),
         ("aliases", old.aliases != *aliases),
@@ -284,6 +297,7 @@ fn one_pool(changes: &mut Vec<Change>, old: &Pool, new: &Pool) {
         ("health", old.health != *health),
         ("probe", old.probe != *probe),
         ("progress", old.progress != *progress),
+        ("outlier", old.outlier != *outlier),
         ("retry", old.retry != *retry),
         ("clocks", old.clocks != *clocks),
         ("tls", old.tls != *tls),

@@ -31,8 +31,8 @@ pub(super) const ADMIN: Section = Section { path: "admin", keys: &["address", "t
 pub(super) const POOL: Section = Section {
     path: "pool",
     keys: &[
-        "name", "backends", "models", "aliases", "http", "balance", "health", "probe", "progress", "retry",
-        "clocks", "tls",
+        "name", "backends", "models", "aliases", "http", "balance", "health", "probe", "progress", "outlier",
+        "retry", "clocks", "tls",
     ],
 };
 pub(super) const BACKEND: Section = Section {
@@ -76,6 +76,20 @@ pub(super) const PROGRESS: Section = Section {
         "token_gap_unknown",
         "factor",
         "hedge_ratio",
+    ],
+};
+pub(super) const OUTLIER: Section = Section {
+    path: "pool.outlier",
+    keys: &[
+        "ratio_min",
+        "eject_ratio_min",
+        "deviations_min",
+        "first_token_floor",
+        "token_gap_floor",
+        "samples_min",
+        "memory",
+        "factor_max",
+        "persistent",
     ],
 };
 pub(super) const RETRY: Section = Section {
@@ -144,6 +158,7 @@ const SECTIONS: &[&Section] = &[
     &HEALTH,
     &PROBE,
     &PROGRESS,
+    &OUTLIER,
     &RETRY,
     &CLOCKS,
     &UPSTREAM_TLS,

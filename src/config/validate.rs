@@ -23,6 +23,7 @@ use super::{
 };
 use crate::policy::balance::{AffinityKey, BalancePolicy};
 use crate::policy::health::HealthPolicy;
+use crate::policy::outlier::OutlierPolicy;
 use crate::policy::progress::ProgressPolicy;
 use crate::policy::retry::{Replay, RetryPolicy};
 use crate::policy::route::Route;
@@ -238,6 +239,7 @@ fn pool(table: &Table<'_>, name: String, listeners: &[Listener]) -> Pool {
         health: health(&table.table("health", &keys::HEALTH), probe.kind != ProbeKind::Off),
         probe,
         progress: progress(&table.table("progress", &keys::PROGRESS)),
+        outlier: outlier(&table.table("outlier", &keys::OUTLIER)),
         retry: retry(&table.table("retry", &keys::RETRY)),
         clocks: backend_clocks(&table.table("clocks", &keys::CLOCKS)),
         tls: upstream_tls(&table.table("tls", &keys::UPSTREAM_TLS)),
@@ -639,6 +641,29 @@ fn progress(table: &Table<'_>) -> ProgressPolicy {
     }
     table.refuse_unknown_keys();
     progress
+}
+
+fn outlier(table: &Table<'_>) -> OutlierPolicy {
+    let default = OutlierPolicy::default();
+    let outlier = OutlierPolicy {
+        ratio_min: table.number("ratio_min", default.ratio_min, 1.001..=1_000.0),
+        eject_ratio_min: table.number("eject_ratio_min", default.eject_ratio_min, 1.001..=1_000.0),
+        deviations_min: table.number("deviations_min", default.deviations_min, 0.0..=1_000.0),
+        first_token_floor: table.duration("first_token_floor", default.first_token_floor, MAY_BE_ZERO),
+        token_gap_floor: table.duration("token_gap_floor", default.token_gap_floor, MAY_BE_ZERO),
+        samples_min: table.integer("samples_min", default.samples_min, 1..=9),
+        memory: table.duration("memory", default.memory, RUNNING),
+        factor_max: table.number("factor_max", default.factor_max, 1.0..=1_000.0),
+        persistent: table.duration("persistent", default.persistent, RUNNING),
+    };
+    if outlier.eject_ratio_min < outlier.ratio_min
+        && let Some(item) = table.item("eject_ratio_min").or_else(|| table.item("ratio_min"))
+    {
+        let right = format!("keep ratio_min ({}) at or below eject_ratio_min", outlier.ratio_min);
+        item.error("would eject a backend that is not slow yet", &right);
+    }
+    table.refuse_unknown_keys();
+    outlier
 }
 
 fn probe_path(item: &Item<'_>) -> Option<PathAndQuery> {

@@ -269,6 +269,11 @@ impl Backend {
         }
     }
 
+    /// What being slower than its peers multiplies its load by, at least 1.
+    pub fn slow_factor(&self) -> f64 {
+        self.signs.slow_factor()
+    }
+
     /// Connections of one worker.
     pub fn lane(&self, worker: usize) -> &Arc<Lane> {
         &self.lanes[worker]

@@ -271,16 +271,20 @@ impl Pool {
         .emit(&self.state.telemetry);
         match transition {
             Transition::Ejected { .. } | Transition::TrialFailed { .. } | Transition::ProbesFailed { .. } => {
+                backend.signs.forget_speed(clock::now());
                 self.rescue(backend, record, model);
             }
             Transition::Probation | Transition::ProbesPassed { probation: true, .. } => {
                 self.state.open_trials();
                 self.state.wake_all();
             }
-            Transition::ProbesPassed { .. }
-            | Transition::ProvenByTraffic
-            | Transition::RefusalOver
-            | Transition::Readmitted { .. } => self.state.wake_all(),
+            Transition::Readmitted { .. } => {
+                backend.signs.forget_speed(clock::now());
+                self.state.wake_all();
+            }
+            Transition::ProbesPassed { .. } | Transition::ProvenByTraffic | Transition::RefusalOver => {
+                self.state.wake_all();
+            }
             Transition::ProbesOutvoted { .. }
             | Transition::Refusing
             | Transition::Busy { .. }

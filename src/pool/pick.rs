@@ -318,7 +318,8 @@ impl Candidates for View<'_> {
         let backend = &self.pool.members[i].backend;
         let work = backend.work.load(std::sync::atomic::Ordering::Relaxed);
         let coming = UNITS;
-        (work + coming) as f64 * backend.whole().failure_factor(self.now) / (UNITS as f64 * self.weight(i))
+        let penalty = backend.whole().failure_factor(self.now) * backend.signs.slow_factor();
+        (work + coming) as f64 * penalty / (UNITS as f64 * self.weight(i))
     }
 
     fn weight(&self, i: usize) -> f64 {

@@ -1,5 +1,6 @@
-//! Finds backends where nothing moves: looks at their unfinished work at every tick, has the suspect asked,
-//! and ejects the proven. The rules are `policy::progress`; here is what they look at and what follows.
+//! Finds backends where nothing moves, or much slower than elsewhere: looks at their unfinished work and their
+//! speeds at every tick, has the suspect asked, and ejects the proven. The rules are `policy::progress` and
+//! `policy::outlier`; here is what they look at and what follows.
 //!
 //! A suspect gets no new work while another backend can take it. Ejections for what the peers did are spread:
 //! the work of the first lands on the others, and slows them down. So one that began to stand still only
@@ -9,7 +10,8 @@ use std::time::Duration;
 
 use crate::clock;
 use crate::policy::Moment;
-use crate::policy::health::{Administrative, Standing};
+use crate::policy::health::{Administrative, Health, Standing};
+use crate::policy::outlier::{Reading, slowness};
 use crate::policy::progress::{Evidence, Kind, Proof, SoftClocks, Standstill, Work, standstill};
 use crate::pool::snapshot::{Member, Pool};
 use crate::telemetry::events::BackendSuspected;
@@ -22,6 +24,7 @@ impl Pool {
     /// Looks for backends that stand still.
     pub(super) fn watch_progress(&self, now: Moment) {
         self.state.tempo.review(&self.config.progress, now);
+        self.watch_speed(now);
         let mut proven = Vec::new();
         for (i, member) in self.members.iter().enumerate() {
             let found = self.standstill(i, now);
@@ -35,6 +38,31 @@ impl Pool {
         self.shun_suspects(now);
         for (i, proof) in proven {
             self.eject_stuck(i, proof, now);
+        }
+    }
+
+    /// Looks for backends that are slower than their peers: they lose share at once, and are ejected when it lasts.
+    fn watch_speed(&self, now: Moment) {
+        let policy = &self.config.outlier;
+        let backends = || self.members.iter().map(|member| &member.backend);
+        let readings: Vec<Reading> = backends().map(|b| b.signs.reading(policy, now)).collect();
+        for (i, backend) in backends().enumerate() {
+            let peers = readings.iter().enumerate().filter(|(j, _)| *j != i).map(|(_, reading)| reading);
+            let slowness = slowness(policy, &readings[i], peers);
+            if let Some(ratio) = backend.signs.judge_speed(policy, now, slowness) {
+                self.eject_slow(i, ratio, now);
+            }
+        }
+    }
+
+    fn eject_slow(&self, i: usize, ratio: f64, now: Moment) {
+        let (record, policy) = (self.members[i].backend.whole().clone(), &self.config.health);
+        let peers = self.peers(i, None, now);
+        let mut rng = clock::rng();
+        let eject = |health: &mut Health| health.eject_slow(policy, now, ratio, &peers, &mut rng);
+        if let Some(transition) = record.judge(policy, now, eject) {
+            self.publish(i, &record, None, &transition);
+            self.settle(now);
         }
     }
 
@@ -133,8 +161,9 @@ impl Pool {
     /// A first token (or a whole answer) of member `i` came after `took`, to work that began then.
     pub fn learn_first_token(&self, i: usize, kind: Kind, started: Moment, took: Duration) {
         let now = started + took;
-        self.state.tempo.learn_first_token(now, kind, took);
-        self.members[i].backend.signs.served(kind, started, took);
+        let tempo = &self.state.tempo;
+        tempo.learn_first_token(now, kind, took);
+        self.members[i].backend.signs.served(kind, started, took, tempo.usual_first_token(kind));
     }
 
     /// Age at which work of this kind without a first token is late.
@@ -142,9 +171,13 @@ impl Pool {
         self.state.tempo.first_token(kind)
     }
 
-    /// The longest gap in a stretch of a stream.
-    pub fn learn_token_gap(&self, longest: Duration) {
-        self.state.tempo.learn_token_gap(clock::now(), longest);
+    /// Gaps of a stretch of a stream from member `i`, which began then and has just ended: the longest, and the mean.
+    pub fn learn_token_gaps(&self, i: usize, began: Moment, longest: Duration, mean: Duration) {
+        let (now, tempo) = (clock::now(), &self.state.tempo);
+        tempo.learn_token_gap(now, longest);
+        if let Some(usual) = tempo.usual_token_gap() {
+            self.members[i].backend.signs.streamed(now, began, mean, usual);
+        }
     }
 
     /// Rescued work goes to member `i`: it may be slow for as long as that takes to begin.

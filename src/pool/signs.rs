@@ -1,4 +1,4 @@
-//! Signs of life of one backend: when it last moved, what it served last, whether it is suspected.
+//! Signs of life of one backend: when it last moved, what it served last and how fast, whether it is suspected.
 //!
 //! Written by every attempt, read by the pool's tick and by whoever chooses a backend; so all but the list of
 //! what it served are atomics.
@@ -9,6 +9,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 
 use crate::policy::Moment;
+use crate::policy::outlier::{Measure, OutlierPolicy, Reading, Sample, Speed};
 use crate::policy::progress::Kind;
 
 /// A sign of life is written down again only after so long: tokens of many streams share the memory.
@@ -23,16 +24,24 @@ const SUSPECT_SHUN: u8 = 2;
 pub(super) struct Signs {
     /// Microseconds.
     moved_at: AtomicU64,
-    served: Mutex<Vec<Served>>,
+    served: Mutex<Served>,
+    /// Bits of what slowness multiplies its load by; 0 for one.
+    slow_factor: AtomicU64,
     suspicion: AtomicU8,
     shunned: AtomicBool,
     /// Microseconds.
     spared_until: AtomicU64,
 }
 
+#[derive(Default)]
+struct Served {
+    latest: Vec<Latest>,
+    speed: Speed,
+}
+
 /// The latest work of a kind whose first token came.
 #[derive(Clone, Copy)]
-struct Served {
+struct Latest {
     kind: Kind,
     started: Moment,
     took: Duration,
@@ -50,19 +59,67 @@ impl Signs {
         Moment::from_micros(self.moved_at.load(Ordering::Relaxed))
     }
 
-    pub(super) fn served(&self, kind: Kind, started: Moment, took: Duration) {
+    /// A first token came; `usual` is how long that usually takes, where that is known.
+    pub(super) fn served(&self, kind: Kind, started: Moment, took: Duration, usual: Option<Duration>) {
         let mut served = self.served.lock();
-        match served.iter_mut().find(|latest| latest.kind == kind) {
+        let Served { latest, speed } = &mut *served;
+        match latest.iter_mut().find(|latest| latest.kind == kind) {
             Some(latest) if latest.started >= started => {}
             Some(latest) => (latest.started, latest.took) = (started, took),
-            None => served.push(Served { kind, started, took }),
+            None => latest.push(Latest { kind, started, took }),
+        }
+        if let Some(usual) = usual {
+            let sample = Sample { measure: Measure::FirstToken, began: started, measured: took, usual };
+            speed.record(started + took, &sample);
+        }
+    }
+
+    /// The mean gap of a stretch of a stream.
+    pub(super) fn streamed(&self, now: Moment, began: Moment, mean: Duration, usual: Duration) {
+        let sample = Sample { measure: Measure::TokenGap, began, measured: mean, usual };
+        self.served.lock().speed.record(now, &sample);
+    }
+
+    /// What its samples say of its speed.
+    pub(super) fn reading(&self, policy: &OutlierPolicy, now: Moment) -> Reading {
+        self.served.lock().speed.reading(policy, now)
+    }
+
+    /// Takes in how slow it is beside its peers; the ratio when it is to be ejected for it.
+    pub(super) fn judge_speed(
+        &self,
+        policy: &OutlierPolicy,
+        now: Moment,
+        slowness: Option<f64>,
+    ) -> Option<f64> {
+        let mut served = self.served.lock();
+        let eject = served.speed.judge(policy, now, slowness);
+        let factor = served.speed.load_factor(policy, now);
+        self.slow_factor.store(if factor > 1.0 { factor.to_bits() } else { 0 }, Ordering::Relaxed);
+        eject
+    }
+
+    /// What it did before is no evidence any more.
+    pub(super) fn forget_speed(&self, now: Moment) {
+        self.served.lock().speed.forget(now);
+    }
+
+    /// What its slowness multiplies its load by, at least 1.
+    pub(super) fn slow_factor(&self) -> f64 {
+        match self.slow_factor.load(Ordering::Relaxed) {
+            0 => 1.0,
+            bits => f64::from_bits(bits),
         }
     }
 
     /// How long work of `kind` took that began after `started`, if there was any.
     pub(super) fn served_later(&self, kind: Kind, started: Moment) -> Option<Duration> {
         let served = self.served.lock();
-        served.iter().find(|latest| latest.kind == kind && latest.started > started).map(|latest| latest.took)
+        served
+            .latest
+            .iter()
+            .find(|latest| latest.kind == kind && latest.started > started)
+            .map(|latest| latest.took)
     }
 
     /// It stands still; `shun`: new work would, too.

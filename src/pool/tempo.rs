@@ -18,22 +18,48 @@ use crate::policy::progress::{Kind, ProgressPolicy, SoftClocks, Speeds};
 pub(super) struct Tempo {
     /// With the policy the clocks were last made by.
     speeds: Mutex<(Speeds, ProgressPolicy)>,
-    /// Microseconds, by kind.
-    first_token: Box<[AtomicU64]>,
-    /// Microseconds.
-    token_gap: AtomicU64,
+    /// By kind.
+    first_token: Box<[Clock]>,
+    token_gap: Clock,
     hedges: Arc<Mutex<Hedges>>,
     /// When a backend was last ejected for what its peers did; microseconds.
     stuck_at: AtomicU64,
 }
 
+/// Microseconds, both.
+struct Clock {
+    late: AtomicU64,
+    /// 0 while unknown.
+    usual: AtomicU64,
+}
+
+impl Clock {
+    fn new(late: Duration) -> Self {
+        Self { late: AtomicU64::new(micros(late)), usual: AtomicU64::new(0) }
+    }
+
+    fn set(&self, usual: Option<Duration>, late: Duration) {
+        self.late.store(micros(late), Ordering::Relaxed);
+        // What is usual at all takes longer than nothing.
+        self.usual.store(usual.map_or(0, |usual| micros(usual).max(1)), Ordering::Relaxed);
+    }
+
+    fn late(&self) -> Duration {
+        Duration::from_micros(self.late.load(Ordering::Relaxed))
+    }
+
+    fn usual(&self) -> Option<Duration> {
+        let usual = self.usual.load(Ordering::Relaxed);
+        (usual > 0).then(|| Duration::from_micros(usual))
+    }
+}
+
 impl Tempo {
     pub(super) fn new(policy: &ProgressPolicy) -> Self {
-        let unknown = || AtomicU64::new(micros(policy.first_token_unknown));
         Self {
             speeds: Mutex::new((Speeds::default(), policy.clone())),
-            first_token: (0..Kind::COUNT).map(|_| unknown()).collect(),
-            token_gap: AtomicU64::new(micros(policy.token_gap_unknown)),
+            first_token: (0..Kind::COUNT).map(|_| Clock::new(policy.first_token_unknown)).collect(),
+            token_gap: Clock::new(policy.token_gap_unknown),
             hedges: Arc::default(),
             stuck_at: AtomicU64::new(0),
         }
@@ -49,22 +75,32 @@ impl Tempo {
         self.speeds.lock().0.token_gap(now, longest);
     }
 
-    /// Makes the clocks anew where something was learned.
+    /// How long a first token of this kind usually takes; none while unknown.
+    pub(super) fn usual_first_token(&self, kind: Kind) -> Option<Duration> {
+        self.first_token[kind.index()].usual()
+    }
+
+    /// The longest gap there usually is in a stretch of a stream; none while unknown.
+    pub(super) fn usual_token_gap(&self) -> Option<Duration> {
+        self.token_gap.usual()
+    }
+
+    /// Makes the clocks anew where something was learned, and all of them for another policy.
     pub(super) fn review(&self, policy: &ProgressPolicy, now: Moment) {
         let mut guard = self.speeds.lock();
         let (speeds, latest) = &mut *guard;
         if latest != policy {
             latest.clone_from(policy);
-            self.first_token
-                .iter()
-                .for_each(|c| c.store(micros(policy.first_token_unknown), Ordering::Relaxed));
-            self.token_gap.store(micros(policy.token_gap_unknown), Ordering::Relaxed);
-            speeds.review_all();
+            self.first_token.iter().for_each(|clock| {
+                clock.set(clock.usual(), policy.late_first_token(clock.usual()));
+            });
+            self.token_gap.set(self.token_gap.usual(), policy.late_token(self.token_gap.usual()));
         }
-        let publish =
-            |kind: Kind, soft| self.first_token[kind.index()].store(micros(soft), Ordering::Relaxed);
-        if let Some(gap) = speeds.review(policy, now, publish) {
-            self.token_gap.store(micros(gap), Ordering::Relaxed);
+        let publish = |kind: Kind, usual| {
+            self.first_token[kind.index()].set(usual, policy.late_first_token(usual));
+        };
+        if let Some(usual) = speeds.review(now, publish) {
+            self.token_gap.set(usual, policy.late_token(usual));
         }
     }
 
@@ -85,11 +121,11 @@ impl Tempo {
 
 impl SoftClocks for Tempo {
     fn first_token(&self, kind: Kind) -> Duration {
-        Duration::from_micros(self.first_token[kind.index()].load(Ordering::Relaxed))
+        self.first_token[kind.index()].late()
     }
 
     fn token_gap(&self) -> Duration {
-        Duration::from_micros(self.token_gap.load(Ordering::Relaxed))
+        self.token_gap.late()
     }
 }
 

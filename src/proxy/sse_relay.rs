@@ -61,22 +61,19 @@ const STRETCH_MIN: u32 = 8;
 struct Gaps {
     events: u32,
     longest: Duration,
+    total: Duration,
     /// None while the client has something to read: time that it takes is not the backend's.
     waits_since: Option<Moment>,
 }
 
 impl Gaps {
-    /// An event came. Returns the longest gap once a stretch is full.
-    fn add(&mut self, now: Moment) -> Option<Duration> {
+    /// An event came. Returns how many of the stretch have.
+    fn add(&mut self, now: Moment) -> u32 {
         let gap = self.waits_since.take().map_or(Duration::ZERO, |since| now.since(since));
         self.longest = self.longest.max(gap);
+        self.total += gap;
         self.events += 1;
-        (self.events == STRETCH).then(|| std::mem::take(self).longest)
-    }
-
-    /// The stream has ended.
-    fn finish(&mut self) -> Option<Duration> {
-        (self.events >= STRETCH_MIN).then(|| std::mem::take(self).longest)
+        self.events
     }
 }
 
@@ -156,15 +153,21 @@ impl EventRelay {
         self.serving.watch.moved(now);
         let choice = &self.serving.choice;
         choice.in_flight.moved(now);
-        if let Some(longest) = self.gaps.add(now) {
-            choice.pool.learn_token_gap(longest);
+        if self.gaps.add(now) == STRETCH {
+            self.learn_gaps(now);
         }
+    }
+
+    fn learn_gaps(&mut self, now: Moment) {
+        let Gaps { events, longest, total, .. } = std::mem::take(&mut self.gaps);
+        let choice = &self.serving.choice;
+        choice.pool.learn_token_gaps(choice.index, now - total, longest, total / events.max(1));
     }
 
     fn end(&mut self, clean: Result<(), Cause>) {
         self.serving.choice.in_flight.rests();
-        if let Some(longest) = self.gaps.finish() {
-            self.serving.choice.pool.learn_token_gap(longest);
+        if self.gaps.events >= STRETCH_MIN {
+            self.learn_gaps(clock::now());
         }
         match self.stream.end(clean) {
             Ending::Whole(rest) => {

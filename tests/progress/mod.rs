@@ -250,3 +250,58 @@ async fn a_long_prefill_that_stops_decoding_is_borne() {
     assert_eq!(state(&proxy, a.addr()), "healthy");
     assert_eq!(state(&proxy, b.addr()), "healthy");
 }
+
+/// Two backends at once, of which the first has `gap` between its tokens; the other 5 ms.
+async fn dripping(gap: Duration) -> (Backend, Backend, Proxy) {
+    let talk = |gap| Script::new().talk(Talk::of(12).gap(gap));
+    let (slow, sound) = (Backend::start(talk(MS(5))).await, Backend::start(talk(MS(5))).await);
+    let builder = quick(pool(&[&slow.url(), &sound.url()]))
+        .set("pool.progress.token_gap_min", "2s")
+        .set("pool.progress.token_gap_unknown", "2s")
+        .set("pool.outlier.persistent", "1s")
+        .set("pool.health.ejection_min", "30s");
+    let proxy = Proxy::start(&builder);
+    proxy.probed().await;
+    for _ in 0..3 {
+        chats(proxy.addr, 8).await;
+    }
+    slow.set_script(talk(gap));
+    (slow, sound, proxy)
+}
+
+#[tokio::test]
+async fn f20_a_slow_drip_loses_share_and_is_ejected_when_it_lasts() {
+    let (slow, sound, proxy) = dripping(MS(100)).await;
+    let began = Instant::now();
+    let slow_enough = || proxy.backend(slow.addr()).slow_factor() > 3.0;
+    while !slow_enough() && state(&proxy, slow.addr()) == "healthy" {
+        assert!(began.elapsed() < PATIENCE, "never found slow");
+        chats(proxy.addr, 4).await;
+    }
+    let before = (slow.requests().len(), sound.requests().len());
+    while state(&proxy, slow.addr()) == "healthy" {
+        assert!(began.elapsed() < PATIENCE, "never ejected");
+        for answer in chats(proxy.addr, 8).await {
+            assert!(answer.text().ends_with("data: [DONE]\n\n") && !answer.text().contains("error"));
+        }
+    }
+    let since = (slow.requests().len() - before.0, sound.requests().len() - before.1);
+    assert!(since.0 * 3 < since.1, "{since:?} requests to the slow and to the sound one");
+    assert_eq!(state(&proxy, slow.addr()), "ejected");
+    assert_eq!(state(&proxy, sound.addr()), "healthy");
+    proxy.is_quiet().await;
+}
+
+#[tokio::test]
+async fn when_all_drip_nobody_loses_share() {
+    let (slow, sound, proxy) = dripping(MS(100)).await;
+    sound.set_script(Script::new().talk(Talk::of(12).gap(MS(100))));
+    let began = Instant::now();
+    while began.elapsed() < MS(4_000) {
+        chats(proxy.addr, 8).await;
+    }
+    for backend in [&slow, &sound] {
+        assert_eq!(state(&proxy, backend.addr()), "healthy");
+        assert!(proxy.backend(backend.addr()).slow_factor() < 1.5);
+    }
+}

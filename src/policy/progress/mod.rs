@@ -89,6 +89,16 @@ impl Default for ProgressPolicy {
 }
 
 impl ProgressPolicy {
+    /// When work without a first token is late, given what is usual for its kind.
+    pub fn late_first_token(&self, usual: Option<Duration>) -> Duration {
+        usual.map_or(self.first_token_unknown, |usual| usual.mul_f64(self.factor).max(self.first_token_min))
+    }
+
+    /// When the next token of a stream is late, given what is the usual longest gap.
+    pub fn late_token(&self, usual: Option<Duration>) -> Duration {
+        usual.map_or(self.token_gap_unknown, |usual| usual.mul_f64(self.factor).max(self.token_gap_min))
+    }
+
     /// All that is wrong with these numbers at once, each line beginning with the field at fault.
     pub fn validate(&self) -> Result<(), Vec<String>> {
         let mut wrong = Vec::new();
@@ -126,6 +136,18 @@ mod tests {
         );
         assert_eq!(Kind::of(CLASSES - 1, u64::MAX).index(), Kind::COUNT - 1);
         assert_ne!(Kind::of(1, 0), Kind::of(2, 0));
+    }
+
+    #[test]
+    fn four_times_the_usual_is_late_but_never_less_than_the_floor() {
+        let policy = ProgressPolicy::default();
+        let (secs, ms) = (Duration::from_secs, Duration::from_millis);
+        assert_eq!(policy.late_first_token(None), secs(10));
+        assert_eq!(policy.late_first_token(Some(ms(20))), secs(2));
+        assert_eq!(policy.late_first_token(Some(secs(4))), secs(16));
+        assert_eq!(policy.late_token(None), secs(5));
+        assert_eq!(policy.late_token(Some(ms(50))), secs(1));
+        assert_eq!(policy.late_token(Some(secs(1))), secs(4));
     }
 
     #[test]

@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use super::{Kind, ProgressPolicy};
+use super::Kind;
 use crate::policy::Moment;
 
 /// Values a window holds: the 95th percentile of 64 is the fourth largest, so three freaks do not move it.
@@ -18,7 +18,7 @@ const VALUES_MIN: usize = 5;
 /// A value is forgotten after so long: by then the load is another one.
 const AGE_MAX: Duration = Duration::from_secs(600);
 
-/// Clocks are made anew after so long without a new value, lest old ones stand for ever.
+/// What is usual is looked at anew after so long without a new value, lest old ones stand for ever.
 const REVIEW: Duration = Duration::from_secs(60);
 
 /// The quantile that counts as usual.
@@ -58,41 +58,19 @@ impl Speeds {
         self.token_gap.add(now, longest);
     }
 
-    /// What is usual for this kind; none while too little was seen.
-    pub fn usual_first_token(&self, now: Moment, kind: Kind) -> Option<Duration> {
-        self.first_token[kind.index()].as_ref()?.usual(now)
-    }
-
-    /// Makes the clocks that may have changed: first-token clocks through `first_token`, and the gap clock is
-    /// returned if it is one of them.
+    /// What is usual now, where that may have changed: for first tokens through `first_token`; the longest gap of a
+    /// stretch is returned if it may have. None is "too little was seen".
     pub fn review(
         &mut self,
-        policy: &ProgressPolicy,
         now: Moment,
-        mut first_token: impl FnMut(Kind, Duration),
-    ) -> Option<Duration> {
+        mut first_token: impl FnMut(Kind, Option<Duration>),
+    ) -> Option<Option<Duration>> {
         for (i, recent) in self.first_token.iter_mut().enumerate() {
             if let Some(usual) = recent.as_mut().and_then(|recent| recent.review(now)) {
-                let soft = match usual {
-                    Some(usual) => usual.mul_f64(policy.factor).max(policy.first_token_min),
-                    None => policy.first_token_unknown,
-                };
-                first_token(Kind::from_index(i), soft);
+                first_token(Kind::from_index(i), usual);
             }
         }
-        let usual = self.token_gap.review(now)?;
-        Some(match usual {
-            Some(usual) => usual.mul_f64(policy.factor).max(policy.token_gap_min),
-            None => policy.token_gap_unknown,
-        })
-    }
-
-    /// The policy is another one: every clock is to be made anew.
-    pub fn review_all(&mut self) {
-        for recent in self.first_token.iter_mut().flatten() {
-            recent.reviewed = None;
-        }
-        self.token_gap.reviewed = None;
+        self.token_gap.review(now)
     }
 }
 
@@ -148,38 +126,37 @@ mod tests {
         Moment::ZERO + MS(ms)
     }
 
-    fn clocks(speeds: &mut Speeds, now: Moment) -> (Vec<(Kind, Duration)>, Option<Duration>) {
+    /// What is usual: first tokens by kind, the gap. Only what may have changed.
+    fn usual(speeds: &mut Speeds, now: Moment) -> (Vec<(Kind, Option<Duration>)>, Option<Option<Duration>>) {
         let mut first = Vec::new();
-        let gap = speeds.review(&ProgressPolicy::default(), now, |kind, soft| first.push((kind, soft)));
+        let gap = speeds.review(now, |kind, usual| first.push((kind, usual)));
         (first, gap)
     }
 
     #[test]
-    fn nothing_is_learned_from_four_values_and_the_floor_holds() {
+    fn nothing_is_learned_from_four_values() {
         let (mut speeds, kind) = (Speeds::default(), Kind::of(1, 0));
         for n in 0..4 {
             speeds.first_token(at(n), kind, MS(20));
         }
-        let policy = ProgressPolicy::default();
-        assert_eq!(clocks(&mut speeds, at(5)), (vec![(kind, policy.first_token_unknown)], Some(MS(5_000))));
+        assert_eq!(usual(&mut speeds, at(5)), (vec![(kind, None)], Some(None)));
         speeds.first_token(at(6), kind, MS(20));
         for n in 0..5 {
             speeds.token_gap(at(n), MS(30));
         }
-        assert_eq!(clocks(&mut speeds, at(7)), (vec![(kind, policy.first_token_min)], Some(MS(1_000))));
+        assert_eq!(usual(&mut speeds, at(7)), (vec![(kind, Some(MS(20)))], Some(Some(MS(30)))));
         // Nothing new: nothing to do.
-        assert_eq!(clocks(&mut speeds, at(8)), (vec![], None));
+        assert_eq!(usual(&mut speeds, at(8)), (vec![], None));
     }
 
     #[test]
-    fn four_times_the_usual_is_late_and_three_freaks_do_not_count() {
+    fn three_freaks_do_not_count() {
         let (mut speeds, kind) = (Speeds::default(), Kind::of(1, 0));
         for n in 0..100 {
             let freak = n % 25 == 0;
             speeds.first_token(at(n), kind, if freak { MS(60_000) } else { MS(4_000) });
         }
-        assert_eq!(clocks(&mut speeds, at(200)).0, vec![(kind, MS(16_000))]);
-        assert_eq!(speeds.usual_first_token(at(200), kind), Some(MS(4_000)));
+        assert_eq!(usual(&mut speeds, at(200)).0, vec![(kind, Some(MS(4_000)))]);
     }
 
     #[test]
@@ -189,23 +166,9 @@ mod tests {
             speeds.first_token(at(n), kind, MS(100));
             speeds.token_gap(at(n), MS(10_000));
         }
-        assert_eq!(clocks(&mut speeds, at(10)), (vec![(kind, MS(2_000))], Some(MS(40_000))));
+        assert_eq!(usual(&mut speeds, at(10)), (vec![(kind, Some(MS(100)))], Some(Some(MS(10_000)))));
         let later = at(10) + AGE_MAX;
-        assert_eq!(clocks(&mut speeds, later), (vec![(kind, MS(10_000))], Some(MS(5_000))));
-    }
-
-    #[test]
-    fn another_policy_makes_every_clock_anew() {
-        let (mut speeds, kind) = (Speeds::default(), Kind::of(1, 0));
-        for n in 0..9 {
-            speeds.first_token(at(n), kind, MS(1_000));
-        }
-        clocks(&mut speeds, at(10));
-        speeds.review_all();
-        let mut seen = Vec::new();
-        let double = ProgressPolicy { factor: 8.0, ..ProgressPolicy::default() };
-        speeds.review(&double, at(11), |_, soft| seen.push(soft));
-        assert_eq!(seen, [MS(8_000)]);
+        assert_eq!(usual(&mut speeds, later), (vec![(kind, None)], Some(None)));
     }
 
     proptest! {
