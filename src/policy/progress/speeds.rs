@@ -126,8 +126,10 @@ mod tests {
         Moment::ZERO + MS(ms)
     }
 
-    /// What is usual: first tokens by kind, the gap. Only what may have changed.
-    fn usual(speeds: &mut Speeds, now: Moment) -> (Vec<(Kind, Option<Duration>)>, Option<Option<Duration>>) {
+    /// What is usual: first tokens by kind, and the gap. Only what may have changed.
+    type Usual = (Vec<(Kind, Option<Duration>)>, Option<Option<Duration>>);
+
+    fn usual(speeds: &mut Speeds, now: Moment) -> Usual {
         let mut first = Vec::new();
         let gap = speeds.review(now, |kind, usual| first.push((kind, usual)));
         (first, gap)
