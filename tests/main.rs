@@ -15,6 +15,7 @@ mod hygiene;
 mod limits;
 mod poison;
 mod probe;
+mod progress;
 mod relay;
 mod reload;
 mod retry;

@@ -8,8 +8,11 @@ pub mod balance;
 pub mod dialect;
 pub mod fallback;
 pub mod health;
+pub mod hedge;
 pub mod json;
+pub mod outlier;
 pub mod poison;
+pub mod progress;
 pub mod retry;
 pub mod route;
 

@@ -22,8 +22,9 @@ use crate::policy::retry::{
 };
 use crate::pool::{About, BackendId, Choice, Nobody, Pool, Receipt, Turn, Wanted};
 use crate::proxy::admit::Asked;
-use crate::proxy::attempt::{Answer, Attempt, Outcome};
+use crate::proxy::attempt::{Answer, Outcome};
 use crate::proxy::headers::{X_EVERGATE_POOL, X_REQUEST_ID};
+use crate::proxy::hedge::Tried;
 use crate::proxy::inquest::Inquest;
 use crate::proxy::ledger::{Entry, Ledger};
 use crate::proxy::leg::Leg;
@@ -50,36 +51,38 @@ struct Routed {
 
 /// An exchange from its routing to its answer. Boxed from the start: it is moved often, and is large.
 pub(super) struct Exchange {
-    worker: Arc<Worker>,
-    asked: Asked,
-    body: ReplayBody,
-    ledger: Ledger,
+    pub(super) worker: Arc<Worker>,
+    pub(super) asked: Asked,
+    pub(super) body: ReplayBody,
+    pub(super) ledger: Ledger,
     /// The pool that is being asked, and how.
-    leg: Leg,
+    pub(super) leg: Leg,
     /// How the routed pool was asked, once another one is.
     routed: Option<Routed>,
     /// Of the routed pool's fallbacks.
     fallbacks_used: Used,
     /// The client's connection, where it is to be switched to another protocol.
     switch: Option<OnUpgrade>,
-    history: History,
-    tried: SmallVec<[BackendId; 4]>,
+    pub(super) history: History,
+    pub(super) tried: SmallVec<[BackendId; 4]>,
+    /// Asked beside one that was late.
+    pub(super) hedged: Option<BackendId>,
     /// Times that all backends had been tried.
     rounds: u32,
     /// The next attempt needs a new connection.
-    fresh: bool,
+    pub(super) fresh: bool,
     /// How the latest attempt failed.
     failed: Option<Facts>,
     /// The latest answer that was not good enough, and the pool it came from where that is a fallback.
     last: Option<(Answer, Option<HeaderValue>)>,
     /// Where it broke off.
-    inquest: Inquest,
+    pub(super) inquest: Inquest,
     /// It is kept apart: its like has killed replicas.
     turn: Option<Turn>,
     /// Faults that may turn out to be the request's own, one for each backend that was at fault.
     faults: SmallVec<[(Cause, Receipt); 2]>,
     /// Between attempts.
-    alarm: Option<Alarm>,
+    pub(super) alarm: Option<Alarm>,
     /// End of all waiting for a backend.
     wait_until: Option<Moment>,
 }
@@ -105,6 +108,7 @@ impl Exchange {
             fallbacks_used: Used::default(),
             switch,
             tried: SmallVec::new(),
+            hedged: None,
             rounds: 0,
             fresh: false,
             failed: None,
@@ -125,7 +129,7 @@ impl Exchange {
                 Ok(choice) => choice,
                 Err(refusal) => return self.nobody(refusal),
             };
-            let (outcome, watch) = self.attempt(&choice).await;
+            let Tried { choice, outcome, watch } = self.attempt(choice).await;
             let verdict = retry::verdict(&outcome.facts);
             let next = self.decide(&outcome.facts, verdict);
             self.learn(&choice, &outcome, verdict, next);
@@ -203,7 +207,11 @@ impl Exchange {
     }
 
     fn pick(&self) -> Result<Choice, Nobody> {
-        let wanted = Wanted {
+        self.worker.with_rng(|rng| self.leg.pool.pick(&self.wanted(), rng))
+    }
+
+    pub(super) fn wanted(&self) -> Wanted<'_> {
+        Wanted {
             tried: &self.tried,
             class: self.asked.class,
             model: self.leg.pool.judged_model(self.leg.model.as_deref()),
@@ -211,8 +219,7 @@ impl Exchange {
             only: self.turn.as_ref().and_then(Turn::place),
             prompt_bytes: self.asked.prompt_bytes,
             replayable: self.is_replayable(),
-        };
-        self.worker.with_rng(|rng| self.leg.pool.pick(&wanted, rng))
+        }
     }
 
     /// Streams last for minutes: each attempt sees the pool as it is then.
@@ -253,37 +260,7 @@ impl Exchange {
         }
     }
 
-    async fn attempt(&mut self, choice: &Choice) -> (Outcome, Watch) {
-        let replayable = self.is_replayable();
-        let want = match () {
-            () if self.asked.upgrade.is_some() => Want::Upgradable,
-            () if self.fresh => Want::Fresh,
-            // A kept connection may be closing: what was sent on it may or may not have been executed.
-            () if !replayable => Want::Sure,
-            () => Want::Any,
-        };
-        let alarm = self.alarm.take().unwrap_or_else(|| self.worker.alarms.alarm());
-        let mut watch = Watch::new(alarm, self.leg.total);
-        let attempt = Attempt {
-            worker: &self.worker,
-            asked: &self.asked,
-            leg: &self.leg,
-            choice,
-            number: u32::from(self.ledger.attempts()) + 1,
-            want,
-            movable: replayable,
-            watch: &mut watch,
-        };
-        let body = &mut self.body;
-        let instead = self.leg.body.as_ref();
-        let mut outcome = attempt.run(|| body.out(instead)).await;
-        watch.keep();
-        // A body that was given away cannot be sent again, whatever became of it.
-        outcome.facts.sent |= !self.body.is_here();
-        (outcome, watch)
-    }
-
-    fn is_replayable(&self) -> bool {
+    pub(super) fn is_replayable(&self) -> bool {
         !self.body.is_streamed() && self.leg.policy.replay.allows(&self.asked.nature)
     }
 
@@ -298,7 +275,7 @@ impl Exchange {
     }
 
     /// Teaches the judge, and writes the attempt down.
-    fn learn(&mut self, choice: &Choice, outcome: &Outcome, verdict: Verdict, next: Next) {
+    pub(super) fn learn(&mut self, choice: &Choice, outcome: &Outcome, verdict: Verdict, next: Next) {
         let facts = &outcome.facts;
         let own_fault = next == Next::RelayAsRequestFault;
         if own_fault && let Some((_, receipt)) = self.faults.pop() {
@@ -358,18 +335,21 @@ impl Exchange {
         if verdict == Verdict::Success {
             let took = outcome.facts.took;
             choice.backend().whole().first_token(self.asked.class, clock::now(), took.as_secs_f64());
+            let kind = choice.in_flight.kind();
+            choice.pool.learn_first_token(choice.index, kind, outcome.started, took);
             if matches!(outcome.answer, Some(Answer::Tokens { .. })) {
                 metrics.first_token(took);
             }
         }
     }
 
-    fn role(&self, choice: &Choice) -> &'static str {
-        match self.ledger.attempts() {
-            0 => "first",
-            _ if self.leg.is_fallback && self.history.attempts() == 0 => "fallback",
-            _ if self.ledger.has_tried(choice.backend()) => "retry",
-            _ => "failover",
+    pub(super) fn role(&self, choice: &Choice) -> &'static str {
+        match () {
+            () if self.hedged == Some(choice.backend().id) => "hedge",
+            () if self.ledger.has_only_hedges() => "first",
+            () if self.leg.is_fallback && self.history.attempts() == 0 => "fallback",
+            () if self.ledger.has_tried(choice.backend()) => "retry",
+            () => "failover",
         }
     }
 

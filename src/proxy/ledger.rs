@@ -137,6 +137,11 @@ impl Ledger {
         self.attempts.iter().any(|entry| Arc::ptr_eq(&entry.backend, backend))
     }
 
+    /// Whether no attempt was made but beside one that is not written down yet.
+    pub(super) fn has_only_hedges(&self) -> bool {
+        self.attempts.iter().all(|entry| entry.role == "hedge")
+    }
+
     /// Whether no backend was asked twice.
     pub(super) fn asked_each_once(&self) -> bool {
         let mut entries = self.attempts.iter().enumerate();
