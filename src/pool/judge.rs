@@ -17,7 +17,7 @@ use crate::pool::backend::{Backend, Record};
 use crate::pool::pick::{Choice, Class};
 use crate::pool::snapshot::{Member, Pool};
 use crate::telemetry::events::BackendTransition;
-use crate::telemetry::metrics::ProbeResult;
+use crate::telemetry::metrics::{ModelMetrics, ProbeResult};
 
 /// Transitions one tick may take a record through; more would be a loop.
 const TRANSITIONS_PER_TICK: usize = 4;
@@ -44,6 +44,21 @@ impl Choice {
         if model.is_some() && matches!(observation, Observation::Success | Observation::FirstToken) {
             self.pool.observe(self.index, self.backend().whole(), None, observation, rng);
         }
+    }
+
+    /// Counts an attempt that has come to its gate, for its model.
+    pub fn count_attempt(&self) {
+        self.model_metrics().iter().for_each(|metrics| metrics.attempts.inc());
+    }
+
+    /// Counts a fault, for its model.
+    pub fn count_fault(&self) {
+        self.model_metrics().iter().for_each(|metrics| metrics.faults.inc());
+    }
+
+    fn model_metrics(&self) -> Option<&Arc<ModelMetrics>> {
+        let other = || self.pool.judges_models().then(|| self.backend().other_models());
+        self.record.metrics.as_ref().or_else(other)
     }
 
     /// Whether the backend serves others, so that a failure may be the request's own.
@@ -324,6 +339,7 @@ impl Pool {
             });
             member.backend.metrics.healthy.set(i64::from(up));
             member.backend.metrics.eligible.set(i64::from(open));
+            member.backend.publish_models(&self.config.health, now, open);
             enabled += usize::from(member.backend.admin() == Administrative::Enabled);
             eligible += usize::from(open);
         }
@@ -345,11 +361,20 @@ impl Pool {
 
     /// The name under which a request's model is judged: none where the pool serves but one.
     pub fn judged_model<'m>(&self, model: Option<&'m str>) -> Option<&'m str> {
-        if self.config.models.len() < 2 && !self.state.several_models.load(Ordering::Relaxed) {
+        if !self.judges_models() {
             return None;
         }
         // Only names somebody vouches for get a record: a client must not fill memory with inventions.
-        model.filter(|name| self.config.models.iter().any(|known| known == name) || self.lists(name))
+        model.filter(|name| {
+            self.config.models.iter().any(|known| known == name)
+                || self.lists(name)
+                || self.state.has_served(name)
+        })
+    }
+
+    /// Whether several models are served here, so that each is judged by itself.
+    fn judges_models(&self) -> bool {
+        self.config.models.len() > 1 || self.state.several_models.load(Ordering::Relaxed)
     }
 
     /// Member `i` lists these models.

@@ -1,10 +1,11 @@
 //! What a pool keeps over reloads, and what its exchanges share: budget, rotation, who waits, what speed is usual.
 
-use std::sync::Arc;
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use tokio::sync::Notify;
 
 use crate::clock;
@@ -16,7 +17,7 @@ use crate::pool::tempo::{Hedge, Tempo};
 use crate::pool::ward::Ward;
 use crate::telemetry::Telemetry;
 use crate::telemetry::events::BudgetEmpty;
-use crate::telemetry::metrics::PoolMetrics;
+use crate::telemetry::metrics::{MODELS_MAX, PoolMetrics};
 
 /// How far back the highest in-flight count reaches that the burst allowance is measured by.
 const PEAK_PERIOD: Duration = Duration::from_secs(30);
@@ -39,6 +40,10 @@ pub struct PoolState {
     trials: AtomicBool,
     /// Its backends list several models between them, so that each model is judged by itself.
     pub(super) several_models: AtomicBool,
+    /// The model that was served first: in most pools the only one.
+    first_served: OnceLock<Box<str>>,
+    /// The others, at most [`MODELS_MAX`].
+    served: RwLock<HashSet<Box<str>>>,
     waiters: AtomicUsize,
     freed: Notify,
     /// What is usual here.
@@ -62,6 +67,8 @@ impl PoolState {
             peak_before: Mutex::new((0, clock::now())),
             trials: AtomicBool::new(true),
             several_models: AtomicBool::new(false),
+            first_served: OnceLock::new(),
+            served: RwLock::default(),
             waiters: AtomicUsize::new(0),
             freed: Notify::new(),
             tempo: Tempo::new(progress),
@@ -115,6 +122,23 @@ impl PoolState {
         if now.since(before.1) >= PEAK_PERIOD {
             *before = (self.peak.swap(0, Ordering::Relaxed), now);
         }
+    }
+
+    /// A backend served this model: it exists, whoever lists it.
+    pub fn serves(&self, model: &str) {
+        if **self.first_served.get_or_init(|| model.into()) == *model || self.has_served(model) {
+            return;
+        }
+        let mut served = self.served.write();
+        if served.len() < MODELS_MAX {
+            served.insert(model.into());
+        }
+        self.several_models.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether a backend has served this model.
+    pub(super) fn has_served(&self, model: &str) -> bool {
+        self.first_served.get().is_some_and(|first| **first == *model) || self.served.read().contains(model)
     }
 
     pub(super) fn trials_open(&self) -> bool {

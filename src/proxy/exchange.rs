@@ -304,8 +304,15 @@ impl Exchange {
                 choice.observe(about, Observation::Success, rng);
             }
         });
+        choice.count_attempt();
         if observation == Observation::Fault {
+            choice.count_fault();
             self.faults.push((facts.cause, choice.receipt()));
+        }
+        if verdict == Verdict::Success
+            && let Some(model) = &self.leg.model
+        {
+            choice.pool.state.serves(model);
         }
         self.note_speed(choice, outcome, verdict);
         if verdict == Verdict::Misconfigured {

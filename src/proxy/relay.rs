@@ -202,6 +202,9 @@ impl Serving {
             return;
         }
         self.ledger.attempt_ended(outcome, cause, phase);
+        if observation == Observation::Fault {
+            self.choice.count_fault();
+        }
         let worker = Arc::clone(self.ledger.worker());
         worker.with_rng(|rng| self.choice.observe(About::Model, observation, rng));
     }
