@@ -379,10 +379,12 @@ impl Attempt<'_> {
         let max = self.asked.limits.held_body_max;
         let (chunks, rest, trailers, held) = match self.collect(body, max).await? {
             Collected::Whole { chunks, trailers, held } => (chunks, None, trailers, held),
-            Collected::Longer { ahead, body } => (ahead, Some(body), None, Held::default()),
+            Collected::Longer { ahead, body, limit } => {
+                self.worker.telemetry().metrics.count_limit(limit);
+                (ahead, Some(body), None, Held::default())
+            }
         };
         if let Some(body) = rest {
-            self.worker.telemetry().metrics.count_limit("held_body_max");
             return Ok((Cause::Answered, Some(Answer::Begun { head, ahead: chunks, body })));
         }
         let body = joined(chunks);
@@ -405,7 +407,7 @@ impl Attempt<'_> {
         let status = Cause::Status(head.status.as_u16());
         let (chunks, rest, trailers, held) = match self.collect(body, ERROR_BODY_BYTES_MAX).await {
             Ok(Collected::Whole { chunks, trailers, held }) => (chunks, None, trailers, held),
-            Ok(Collected::Longer { ahead, body }) => (ahead, Some(body), None, Held::default()),
+            Ok(Collected::Longer { ahead, body, .. }) => (ahead, Some(body), None, Held::default()),
             // The status was said; a body that breaks off takes nothing from it, but cannot be shown.
             Err(Cause::Truncated | Cause::Silence) => return Ok((status, None)),
             Err(other) => return Err(other),
@@ -498,8 +500,11 @@ impl Attempt<'_> {
                         let kept = chunk.len() as u64;
                         chunks.push_back(chunk);
                         let limits = &self.asked.limits;
-                        if length > max || !held.grow(&self.worker.memory, kept, limits.memory_max) {
-                            return Ok(Collected::Longer { ahead: chunks, body });
+                        if length > max {
+                            return Ok(Collected::Longer { ahead: chunks, body, limit: "held_body_max" });
+                        }
+                        if !held.grow(&self.worker.memory, kept, limits.memory_max) {
+                            return Ok(Collected::Longer { ahead: chunks, body, limit: "memory_max" });
                         }
                     }
                 },
@@ -509,8 +514,17 @@ impl Attempt<'_> {
 }
 
 enum Collected {
-    Whole { chunks: VecDeque<Bytes>, trailers: Option<HeaderMap>, held: Held },
-    Longer { ahead: VecDeque<Bytes>, body: InBody },
+    Whole {
+        chunks: VecDeque<Bytes>,
+        trailers: Option<HeaderMap>,
+        held: Held,
+    },
+    /// By which limit it is not kept.
+    Longer {
+        ahead: VecDeque<Bytes>,
+        body: InBody,
+        limit: &'static str,
+    },
 }
 
 /// An answer without a body, as gRPC says what went wrong: in its trailers, or in its head alone (F38).

@@ -105,6 +105,13 @@ impl Worker {
             keep: endpoint.is_inference() && dialect != Dialect::Grpc,
         };
         let mut body = ReplayBody::receive(incoming, &bounds, &self.alarms).await?;
+        if body.was_shed() {
+            self.telemetry().metrics.count_limit("memory_max");
+            // Unread, it would go anywhere.
+            if snapshot.routes.needs_model(&view(head)) {
+                return Err(Refusal::Memory);
+            }
+        }
         ledger.bytes_in = body.bytes().map_or(0, |bytes| bytes.len() as u64);
 
         let readable = body.bytes().filter(|_| !head.headers.contains_key(header::CONTENT_ENCODING)).cloned();
