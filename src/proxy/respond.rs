@@ -227,7 +227,9 @@ pub(super) fn whole_seconds(after: Duration) -> HeaderValue {
 /// gRPC over HTTP/2, "Trailers-Only": the status travels in the one block of fields there is.
 fn grpc_trailers_only(headers: &mut HeaderMap, rejection: &Rejection<'_>) {
     headers.insert("grpc-status", grpc_status(rejection.status).into());
-    if let Ok(message) = HeaderValue::from_str(&grpc_message(&rejection.message)) {
+    if let Ok(message) =
+        HeaderValue::from_str(&grpc_message(&format!("{}: {}", rejection.code, rejection.message)))
+    {
         headers.insert("grpc-message", message);
     }
 }

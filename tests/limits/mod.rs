@@ -412,7 +412,9 @@ async fn every_dialect_hears_an_error_in_its_own_words() {
     );
     for path in ["/v2/models/m/infer", "/api/chat", "/api/tags"] {
         let error = ask(path).await.json();
-        assert!(error["error"].is_string() && error.as_object().unwrap().len() == 1, "{path} {error}");
+        assert!(error["error"].is_string(), "{path} {error}");
+        assert_eq!(error["code"], "no_backend_available", "{path} {error}");
+        assert!(error["request_id"].is_string() && error["attempts"].is_number(), "{path} {error}");
     }
     let error = ask("/generate").await.json();
     assert!(error["error"].is_string() && error["error_type"].is_string(), "{error}");
