@@ -32,7 +32,7 @@ pub(super) const POOL: Section = Section {
     path: "pool",
     keys: &[
         "name", "backends", "models", "aliases", "http", "balance", "health", "probe", "retry", "clocks",
-        "tls",
+        "load", "tls",
     ],
 };
 pub(super) const BACKEND: Section = Section {
@@ -65,8 +65,23 @@ pub(super) const HEALTH: Section = Section {
 };
 pub(super) const PROBE: Section = Section {
     path: "pool.probe",
-    keys: &["kind", "path", "statuses", "body", "interval", "interval_unsteady", "timeout"],
+    keys: &[
+        "kind",
+        "preset",
+        "path",
+        "statuses",
+        "body",
+        "endpoint",
+        "model",
+        "prompt",
+        "expect",
+        "interval",
+        "interval_unsteady",
+        "timeout",
+        "deadline",
+    ],
 };
+pub(super) const LOAD: Section = Section { path: "pool.load", keys: &["scrape", "interval"] };
 pub(super) const RETRY: Section = Section {
     path: "pool.retry",
     keys: &[
@@ -132,6 +147,7 @@ const SECTIONS: &[&Section] = &[
     &BALANCE,
     &HEALTH,
     &PROBE,
+    &LOAD,
     &RETRY,
     &CLOCKS,
     &UPSTREAM_TLS,
@@ -147,7 +163,9 @@ const SYNONYMS: &[(&str, &str)] = &[
     ("cert", "certificate"),
     ("clusters", "pool"),
     ("drain_timeout", "drain_deadline"),
+    ("dialect", "preset"),
     ("endpoints", "backends"),
+    ("engine", "preset"),
     ("hosts", "backends"),
     ("in_flight", "in_flight_max"),
     ("level", "log_level"),

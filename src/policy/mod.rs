@@ -7,7 +7,9 @@
 pub mod balance;
 pub mod dialect;
 pub mod health;
+pub mod identity;
 pub mod json;
+pub mod load;
 pub mod retry;
 pub mod route;
 

@@ -38,6 +38,9 @@ impl Choice {
             About::Backend => self.backend().whole(),
             About::Model => &self.record,
         };
+        if about == About::Backend && observation == Observation::Fault {
+            self.lost_connection();
+        }
         let model = self.model_of(record);
         self.pool.observe(self.index, record, model.as_deref(), observation, rng);
         // Whatever model it serves, the address works; a failure is only the model's until the address fails.
@@ -109,7 +112,7 @@ impl Pool {
     pub fn can_verify(&self, i: usize) -> bool {
         debug_assert!(i < self.members.len());
         match self.config.probe.kind {
-            ProbeKind::Http { .. } => true,
+            ProbeKind::Http | ProbeKind::Generate(_) => true,
             ProbeKind::Tcp | ProbeKind::Off => false,
         }
     }
@@ -135,12 +138,13 @@ impl Pool {
     /// What the operator wants of member `i`; told by the caller.
     pub fn set_admin(&self, i: usize, state: Administrative) {
         self.members[i].backend.set_admin(state);
+        self.compare_lists();
         self.settle(clock::now());
         self.publish_standing();
         self.state.wake_all();
     }
 
-    fn observe(
+    pub(super) fn observe(
         &self,
         i: usize,
         record: &Arc<Record>,
@@ -186,7 +190,7 @@ impl Pool {
         }
     }
 
-    fn peers(&self, i: usize, model: Option<&str>, now: Moment) -> Peers {
+    pub(super) fn peers(&self, i: usize, model: Option<&str>, now: Moment) -> Peers {
         self.census(model, now).without(i)
     }
 
@@ -264,6 +268,7 @@ impl Pool {
         .emit(&self.state.telemetry);
         match transition {
             Transition::Ejected { .. } | Transition::TrialFailed { .. } | Transition::ProbesFailed { .. } => {
+                backend.distrust();
                 self.rescue(backend, record, model);
             }
             Transition::Probation | Transition::ProbesPassed { probation: true, .. } => {
@@ -339,14 +344,6 @@ impl Pool {
         }
         // Only names somebody vouches for get a record: a client must not fill memory with inventions.
         model.filter(|name| self.config.models.iter().any(|known| known == name) || self.lists(name))
-    }
-
-    /// Member `i` lists these models.
-    pub fn set_listed(&self, i: usize, listed: crate::pool::Listed) {
-        if listed.ids.len() > 1 {
-            self.state.several_models.store(true, Ordering::Relaxed);
-        }
-        self.members[i].backend.set_listed(listed);
     }
 }
 

@@ -7,14 +7,17 @@
 
 mod backend;
 mod each;
+mod identity;
 mod in_flight;
 mod judge;
+mod load;
 mod pick;
 mod snapshot;
 mod state;
 
 pub use backend::{Backend, BackendId, LastProbe, Listed, Record, Verified};
 pub use each::{Place, for_each_backend};
+pub use identity::{Doubts, WrongModels};
 pub use in_flight::InFlight;
 pub use judge::{About, Receipt};
 pub use pick::{Choice, Class, Nobody, Wanted};

@@ -4,12 +4,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use arc_swap::ArcSwapOption;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 use crate::clock;
 use crate::policy::Moment;
+use crate::policy::identity::Roster;
 use crate::policy::retry::{Budget, Burst, RetryPolicy};
+use crate::pool::backend::BackendId;
 use crate::pool::pick::Class;
 use crate::telemetry::Telemetry;
 use crate::telemetry::events::BudgetEmpty;
@@ -34,6 +37,10 @@ pub struct PoolState {
     trials: AtomicBool,
     /// Its backends list several models between them, so that each model is judged by itself.
     pub(super) several_models: AtomicBool,
+    /// Who lacks a model that others list; none while all lists are equal.
+    pub(super) roster: ArcSwapOption<Roster<BackendId>>,
+    /// Hash of the configured names of which a backend has listed one; 0 for none.
+    pub(super) names_seen: AtomicU64,
     waiters: AtomicUsize,
     freed: Notify,
     /// Bits of the median first-token time, in seconds, by class; `NO_MEDIAN` while none is known.
@@ -54,6 +61,8 @@ impl PoolState {
             peak_before: Mutex::new((0, clock::now())),
             trials: AtomicBool::new(true),
             several_models: AtomicBool::new(false),
+            roster: ArcSwapOption::empty(),
+            names_seen: AtomicU64::new(0),
             waiters: AtomicUsize::new(0),
             freed: Notify::new(),
             medians: Class::all().map(|_| AtomicU64::new(NO_MEDIAN)).collect(),
