@@ -285,7 +285,7 @@ fn each_mistake_has_its_own_words() {
         ),
         (
             "load = { interval = \"5s\" }",
-            r#":3: pool[0].load.interval: is out of range ("5s"); write a duration from "100ms" to "1500ms""#,
+            r#":3: pool[0].load.interval: is out of range ("5s"); write a value from 100ms to 1500ms"#,
         ),
         (
             "probe = { path = \"health\" }",

@@ -31,7 +31,7 @@ const ABSENT_PAUSE: Duration = Duration::from_secs(120);
 /// Age at which the list of a backend that serves the wrong models is asked for again: a person repairs it.
 const WRONG_LIST_AGE_MAX: Duration = Duration::from_secs(5);
 /// While a backend is doubted, from the end of one question to the next, for peers do its work meanwhile.
-const DOUBTED_PAUSE: Duration = Duration::from_millis(250);
+const DOUBTED_PAUSE: Duration = Duration::from_millis(100);
 /// The same where nothing else asks, for there are no probes.
 const AWAY_PAUSE: Duration = Duration::from_secs(1);
 /// Until a backend that gave no answer is asked again.

@@ -15,7 +15,7 @@ use crate::clock;
 use crate::config::{Generate, HealthPage, Probe, ProbeKind};
 use crate::policy::Moment;
 use crate::policy::dialect::{Endpoint, Question, check_reply};
-use crate::policy::health::ProbeVerdict;
+use crate::policy::health::{Arrival, ProbeVerdict};
 use crate::pool::{Backend, LastProbe, Member, Place, Pool, Verified};
 use crate::probe::ask::{self, Answered, Body, NoAnswer};
 use crate::probe::models::{self, LIST_AGE_MAX, LIST_AGE_MAX_WITHOUT_PROBES, ListAge};
@@ -166,6 +166,14 @@ async fn probe_once(place: &Place, pool: &Pool, i: usize, models: &mut ListAge, 
     let took = clock::now().since(began);
     let Some(mut seen) = made(place, asked) else { return };
     match seen.verdict {
+        // Nobody has been kept from work so far; now the first to pass would keep the others from it.
+        ProbeVerdict::Pass | ProbeVerdict::WeakPass if is_new_founder(&place.backend) => {
+            if let Some((pool, i)) = place.now() {
+                tell(place, &pool, i, seen, took, rng);
+            }
+            models::ask_if_due(place, models, LIST_AGE_MAX, rng).await;
+            return;
+        }
         ProbeVerdict::Pass | ProbeVerdict::WeakPass => {
             models::ask_if_due(place, models, LIST_AGE_MAX, rng).await;
         }
@@ -182,6 +190,11 @@ async fn probe_once(place: &Place, pool: &Pool, i: usize, models: &mut ListAge, 
     if let Some((pool, i)) = place.now() {
         tell(place, &pool, i, seen, took, rng);
     }
+}
+
+/// Whether it came with its pool and was never probed before.
+fn is_new_founder(backend: &Backend) -> bool {
+    backend.arrival() == Arrival::Founder && backend.last_probe().is_none() && !backend.is_doubted()
 }
 
 /// Whether real requests prove more than a question could, at no cost.
