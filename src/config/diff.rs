@@ -275,8 +275,22 @@ fn pool_changes(changes: &mut Vec<Change>, old: &[Pool], new: &[Pool]) {
 }
 
 fn one_pool(changes: &mut Vec<Change>, old: &Pool, new: &Pool) {
-    let Pool { name, backends, models, aliases, balance, health, probe, load, retry, clocks, tls, http } =
-        new;
+    let Pool {
+        name,
+        backends,
+        models,
+        aliases,
+        balance,
+        health,
+        probe,
+        load,
+        progress,
+        outlier,
+        retry,
+        clocks,
+        tls,
+        http,
+    } = new;
     let keys = named([
         ("models", old.models != *models),
         ("aliases", old.aliases != *aliases),
@@ -284,6 +298,8 @@ fn one_pool(changes: &mut Vec<Change>, old: &Pool, new: &Pool) {
         ("health", old.health != *health),
         ("probe", old.probe != *probe),
         ("load", old.load != *load),
+        ("progress", old.progress != *progress),
+        ("outlier", old.outlier != *outlier),
         ("retry", old.retry != *retry),
         ("clocks", old.clocks != *clocks),
         ("tls", old.tls != *tls),

@@ -38,6 +38,8 @@ use ipnet::IpNet;
 use crate::policy::balance::BalancePolicy;
 use crate::policy::dialect::Engine;
 use crate::policy::health::HealthPolicy;
+use crate::policy::outlier::OutlierPolicy;
+use crate::policy::progress::ProgressPolicy;
 use crate::policy::retry::RetryPolicy;
 use crate::policy::route::Route;
 
@@ -118,6 +120,10 @@ pub struct Pool {
     pub probe: Probe,
     /// What backends say of their own load.
     pub load: Load,
+    /// When silence is suspicious, and how much of it may be hedged.
+    pub progress: ProgressPolicy,
+    /// When a backend is slower than its peers.
+    pub outlier: OutlierPolicy,
     /// What may be sent again, how often.
     pub retry: RetryPolicy,
     /// Clocks of the backend side.

@@ -7,9 +7,12 @@
 pub mod balance;
 pub mod dialect;
 pub mod health;
+pub mod hedge;
 pub mod identity;
 pub mod json;
 pub mod load;
+pub mod outlier;
+pub mod progress;
 pub mod retry;
 pub mod route;
 

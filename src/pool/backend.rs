@@ -18,9 +18,12 @@ use crate::policy::balance::{Ewma, RecentFailures, stable_hash};
 use crate::policy::health::{
     Administrative, Arrival, Health, HealthPolicy, Observation, Peers, ProbeVerdict, Standing, Transition,
 };
+use crate::policy::progress::Verified;
 use crate::pool::identity::Trust;
+use crate::pool::in_flight::List;
 use crate::pool::load::Foreign;
 use crate::pool::pick::Class;
+use crate::pool::signs::Signs;
 use crate::telemetry::metrics::BackendMetrics;
 use crate::upstream::{Addresses, Lane};
 
@@ -60,6 +63,8 @@ pub struct Backend {
     by_model: RwLock<Vec<(String, Arc<Record>)>>,
     pub(super) in_flight: AtomicU32,
     pub(super) work: AtomicU64,
+    pub(super) unfinished: List,
+    pub(super) signs: Signs,
     admin: AtomicU8,
     /// What it last said at `/v1/models`.
     listed: ArcSwapOption<Listed>,
@@ -94,17 +99,6 @@ pub struct LastProbe {
     pub at: Moment,
     /// How long it took, the connection included.
     pub took: Duration,
-}
-
-/// A probe made on demand, because unfinished work there stands still.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Verified {
-    /// When it began. One that began before a suspicion arose says nothing about it.
-    pub asked: Moment,
-    /// When it ended.
-    pub ended: Moment,
-    /// Whether an answer came in time that is no failure. A 503 is an answer: the engine loads or drains.
-    pub answered: bool,
 }
 
 /// The judge of one (backend, model), and what speed and failures it showed.
@@ -267,6 +261,8 @@ impl Backend {
             by_model: RwLock::new(Vec::new()),
             in_flight: AtomicU32::new(0),
             work: AtomicU64::new(0),
+            unfinished: List::default(),
+            signs: Signs::default(),
             admin: AtomicU8::new(Administrative::Enabled as u8),
             listed: ArcSwapOption::empty(),
             last_probe: ArcSwapOption::empty(),
@@ -277,6 +273,11 @@ impl Backend {
             nudged: Notify::new(),
             arrival,
         }
+    }
+
+    /// What being slower than its peers multiplies its load by, at least 1.
+    pub fn slow_factor(&self) -> f64 {
+        self.signs.slow_factor()
     }
 
     /// Connections of one worker.

@@ -194,6 +194,7 @@ impl Pool {
                 && member.backend.admin() == Administrative::Enabled
                 && !wanted.has_tried(member)
                 && !member.backend.is_barred_by_doubt(now)
+                && !member.backend.signs.is_shunned()
                 && matches!(self.standing(j, wanted.model, now), Standing::Eligible { .. })
         };
         self.members[i].backend.is_barred_by_doubt(now) && (0..self.members.len()).any(sure)

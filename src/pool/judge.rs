@@ -121,6 +121,7 @@ impl Pool {
     /// times a second by one task.
     pub fn tick(&self) {
         let now = clock::now();
+        self.watch_progress(now);
         self.settle(now);
         self.state.turn_peak(now);
         self.state.publish_budget(&self.config.retry, now);
@@ -161,7 +162,7 @@ impl Pool {
     }
 
     /// Lets every judge take notice of the time and of the others, until none has anything to say.
-    fn settle(&self, now: Moment) {
+    pub(super) fn settle(&self, now: Moment) {
         if self.retired.load(Ordering::Acquire) {
             return;
         }
@@ -238,7 +239,13 @@ impl Pool {
     }
 
     /// Tells a transition, and does what follows from it.
-    fn publish(&self, i: usize, record: &Arc<Record>, model: Option<&str>, transition: &Transition) {
+    pub(super) fn publish(
+        &self,
+        i: usize,
+        record: &Arc<Record>,
+        model: Option<&str>,
+        transition: &Transition,
+    ) {
         let member = &self.members[i];
         let backend = &member.backend;
         let (ejected_for, worse) = match transition {
@@ -269,16 +276,20 @@ impl Pool {
         match transition {
             Transition::Ejected { .. } | Transition::TrialFailed { .. } | Transition::ProbesFailed { .. } => {
                 backend.distrust();
+                backend.signs.forget_speed(clock::now());
                 self.rescue(backend, record, model);
             }
             Transition::Probation | Transition::ProbesPassed { probation: true, .. } => {
                 self.state.open_trials();
                 self.state.wake_all();
             }
-            Transition::ProbesPassed { .. }
-            | Transition::ProvenByTraffic
-            | Transition::RefusalOver
-            | Transition::Readmitted { .. } => self.state.wake_all(),
+            Transition::Readmitted { .. } => {
+                backend.signs.forget_speed(clock::now());
+                self.state.wake_all();
+            }
+            Transition::ProbesPassed { .. } | Transition::ProvenByTraffic | Transition::RefusalOver => {
+                self.state.wake_all();
+            }
             Transition::ProbesOutvoted { .. }
             | Transition::Refusing
             | Transition::Busy { .. }

@@ -242,7 +242,7 @@ impl Pool {
     ) -> Self {
         let state = match before {
             Some(before) => before.state.clone(),
-            None => Arc::new(PoolState::new(&config.name, telemetry.clone())),
+            None => Arc::new(PoolState::new(&config.name, &config.progress, telemetry.clone())),
         };
         let arrival = if before.is_some() { Arrival::Newcomer } else { Arrival::Founder };
         let members: Vec<Member> = config
