@@ -13,6 +13,7 @@ mod fallback;
 mod health;
 mod hygiene;
 mod limits;
+mod load;
 mod poison;
 mod probe;
 mod progress;

@@ -32,7 +32,7 @@ pub(super) const POOL: Section = Section {
     path: "pool",
     keys: &[
         "name", "backends", "models", "aliases", "http", "balance", "health", "probe", "progress", "outlier",
-        "retry", "clocks", "tls", "fallback",
+        "retry", "clocks", "load", "tls", "fallback",
     ],
 };
 pub(super) const BACKEND: Section = Section {
@@ -65,8 +65,23 @@ pub(super) const HEALTH: Section = Section {
 };
 pub(super) const PROBE: Section = Section {
     path: "pool.probe",
-    keys: &["kind", "path", "statuses", "body", "interval", "interval_unsteady", "timeout"],
+    keys: &[
+        "kind",
+        "preset",
+        "path",
+        "statuses",
+        "body",
+        "endpoint",
+        "model",
+        "prompt",
+        "expect",
+        "interval",
+        "interval_unsteady",
+        "timeout",
+        "deadline",
+    ],
 };
+pub(super) const LOAD: Section = Section { path: "pool.load", keys: &["scrape", "interval"] };
 pub(super) const PROGRESS: Section = Section {
     path: "pool.progress",
     keys: &[
@@ -158,6 +173,7 @@ const SECTIONS: &[&Section] = &[
     &BALANCE,
     &HEALTH,
     &PROBE,
+    &LOAD,
     &PROGRESS,
     &OUTLIER,
     &RETRY,
@@ -176,7 +192,9 @@ const SYNONYMS: &[(&str, &str)] = &[
     ("cert", "certificate"),
     ("clusters", "pool"),
     ("drain_timeout", "drain_deadline"),
+    ("dialect", "preset"),
     ("endpoints", "backends"),
+    ("engine", "preset"),
     ("hosts", "backends"),
     ("in_flight", "in_flight_max"),
     ("level", "log_level"),

@@ -284,6 +284,39 @@ fn each_mistake_has_its_own_words() {
             r#":3: pool[0].probe.path: is for kind = "http" ("/x"); leave it out or write kind = "http""#,
         ),
         (
+            "probe = { preset = \"vllm\", path = \"/x\" }",
+            r#":3: pool[0].probe.path: stands beside preset, which chooses it ("/x"); leave one of them out"#,
+        ),
+        ("probe = { engine = \"vllm\" }", ":3: pool[0].probe.engine: unknown key; did you mean preset"),
+        (
+            "probe = { preset = \"vlm\" }",
+            r#":3: pool[0].probe.preset: is not one of the choices ("vlm"); did you mean "vllm""#,
+        ),
+        (
+            "probe = { kind = \"tcp\", preset = \"vllm\" }",
+            r#":3: pool[0].probe.preset: is for kind = "http", "generate" or "canary" ("vllm"); leave it out or write kind = "http", "generate" or "canary""#,
+        ),
+        (
+            "probe = { expect = \"4\" }",
+            r#":3: pool[0].probe.expect: is for kind = "canary" ("4"); leave it out or write kind = "canary""#,
+        ),
+        (
+            "probe = { kind = \"canary\", prompt = \"2+2=\" }",
+            ":3: pool[0].probe.expect: is missing; write the text that the answer to prompt begins with",
+        ),
+        (
+            "probe = { kind = \"generate\", endpoint = \"/v1/embeddings\" }",
+            r#":3: pool[0].probe.endpoint: is not a path where text is asked for ("/v1/embeddings"); write one such as "/v1/completions", "/v2/models/{model}/generate" or "/api/generate""#,
+        ),
+        (
+            "load = { scrape = \"of\" }",
+            r#":3: pool[0].load.scrape: is not a page ("of"); did you mean "off", or a path such as "/metrics""#,
+        ),
+        (
+            "load = { interval = \"5s\" }",
+            r#":3: pool[0].load.interval: is out of range ("5s"); write a value from 100ms to 1500ms"#,
+        ),
+        (
             "probe = { path = \"health\" }",
             r#":3: pool[0].probe.path: is not a path ("health"); write a path such as "/health""#,
         ),
@@ -514,7 +547,7 @@ fn configurations() -> impl Strategy<Value = String> {
     let top = (0..9_u64, proptest::option::of(0..100_000_u64), proptest::option::of(1..100_u64));
     let pool = (
         0..5_usize,
-        0..4_usize,
+        0..7_usize,
         proptest::option::of(1..1000_u32),
         proptest::option::of((0..=1000_u32).prop_map(|n| f64::from(n) / 1000.0)),
         proptest::option::of(1..5_000_000_u64),
@@ -546,11 +579,20 @@ fn configurations() -> impl Strategy<Value = String> {
             if let Some(bytes) = bytes.filter(|bytes| strategy == "consistent_hash" && *bytes <= 1 << 20) {
                 let _ = writeln!(text, "prompt_bytes = \"{bytes}B\"");
             }
-            let kind = ["http", "tcp", "off", "http"][probe];
+            let kind = ["http", "tcp", "off", "http", "generate", "canary", "http"][probe];
             let _ = writeln!(text, "[pool.probe]\nkind = \"{kind}\"");
             if probe == 3 {
                 let _ = writeln!(text, "statuses = [200, 204]\nbody = {model}");
             }
+            if probe >= 4 {
+                let preset = ["vllm", "triton", "ollama"][probe - 4];
+                let _ = writeln!(text, "preset = \"{preset}\"");
+            }
+            if probe == 5 {
+                let _ = writeln!(text, "prompt = {model}\nexpect = {model}\ndeadline = \"5s\"");
+            }
+            let scrape = ["off", "auto", "/x?y"][probe % 3];
+            let _ = writeln!(text, "[pool.load]\nscrape = \"{scrape}\"");
             if let Some(ratio) = ratio {
                 let _ = writeln!(
                     text,

@@ -20,7 +20,9 @@ use crate::policy::health::{
 };
 use crate::policy::poison::{self, Breaks};
 use crate::policy::progress::Verified;
+use crate::pool::identity::Trust;
 use crate::pool::in_flight::List;
+use crate::pool::load::Foreign;
 use crate::pool::pick::Class;
 use crate::pool::signs::Signs;
 use crate::telemetry::metrics::{BackendMetrics, MODEL_OTHER, MODELS_MAX, ModelMetrics};
@@ -72,6 +74,8 @@ pub struct Backend {
     listed: ArcSwapOption<Listed>,
     last_probe: ArcSwapOption<LastProbe>,
     last_verify: Mutex<Option<Verified>>,
+    pub(super) trust: Trust,
+    pub(super) foreign: Foreign,
     /// Somebody suspects it and wants it asked at once.
     verify_wanted: Notify,
     /// Its state has changed: a probe may be due sooner than its prober thought.
@@ -273,6 +277,8 @@ impl Backend {
             listed: ArcSwapOption::empty(),
             last_probe: ArcSwapOption::empty(),
             last_verify: Mutex::new(None),
+            trust: Trust::new(),
+            foreign: Foreign::default(),
             verify_wanted: Notify::new(),
             nudged: Notify::new(),
             arrival,
@@ -367,18 +373,22 @@ impl Backend {
         self.listed.load_full()
     }
 
+    pub(super) fn has_list(&self) -> bool {
+        self.listed.load().is_some()
+    }
+
     /// Whether it lists `model`.
     pub fn lists(&self, model: &str) -> bool {
         self.listed.load().as_ref().is_some_and(|listed| listed.ids.iter().any(|id| id == model))
     }
 
     /// It listed these models.
-    pub fn set_listed(&self, listed: Listed) {
+    pub(super) fn set_listed(&self, listed: Listed) {
         self.listed.store(Some(Arc::new(listed)));
     }
 
     /// It was asked and lists nothing that is a list of models.
-    pub fn forget_listed(&self) {
+    pub(super) fn forget_listed(&self) {
         self.listed.store(None);
     }
 

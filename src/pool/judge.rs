@@ -38,6 +38,9 @@ impl Choice {
             About::Backend => self.backend().whole(),
             About::Model => &self.record,
         };
+        if about == About::Backend && observation == Observation::Fault {
+            self.lost_connection();
+        }
         let model = self.model_of(record);
         self.pool.observe(self.index, record, model.as_deref(), observation, rng);
         // Whatever model it serves, the address works; a failure is only the model's until the address fails.
@@ -124,7 +127,7 @@ impl Pool {
     pub fn can_verify(&self, i: usize) -> bool {
         debug_assert!(i < self.members.len());
         match self.config.probe.kind {
-            ProbeKind::Http { .. } => true,
+            ProbeKind::Http | ProbeKind::Generate(_) => true,
             ProbeKind::Tcp | ProbeKind::Off => false,
         }
     }
@@ -151,12 +154,13 @@ impl Pool {
     /// What the operator wants of member `i`; told by the caller.
     pub fn set_admin(&self, i: usize, state: Administrative) {
         self.members[i].backend.set_admin(state);
+        self.compare_lists();
         self.settle(clock::now());
         self.publish_standing();
         self.state.wake_all();
     }
 
-    fn observe(
+    pub(super) fn observe(
         &self,
         i: usize,
         record: &Arc<Record>,
@@ -286,6 +290,7 @@ impl Pool {
         .emit(&self.state.telemetry);
         match transition {
             Transition::Ejected { .. } | Transition::TrialFailed { .. } | Transition::ProbesFailed { .. } => {
+                backend.distrust();
                 backend.signs.forget_speed(clock::now());
                 self.rescue(backend, record, model);
             }
@@ -375,14 +380,6 @@ impl Pool {
     /// Whether several models are served here, so that each is judged by itself.
     fn judges_models(&self) -> bool {
         self.config.models.len() > 1 || self.state.several_models.load(Ordering::Relaxed)
-    }
-
-    /// Member `i` lists these models.
-    pub fn set_listed(&self, i: usize, listed: crate::pool::Listed) {
-        if listed.ids.len() > 1 {
-            self.state.several_models.store(true, Ordering::Relaxed);
-        }
-        self.members[i].backend.set_listed(listed);
     }
 }
 

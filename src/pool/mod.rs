@@ -7,8 +7,10 @@
 
 mod backend;
 mod each;
+mod identity;
 mod in_flight;
 mod judge;
+mod load;
 mod pick;
 mod progress;
 mod signs;
@@ -19,6 +21,7 @@ mod ward;
 
 pub use backend::{Backend, BackendId, LastProbe, Listed, Record, exchange_number};
 pub use each::{Place, for_each_backend};
+pub use identity::{Doubts, WrongModels};
 pub use in_flight::{InFlight, Unfinished};
 pub use judge::{About, Receipt};
 pub use pick::{Choice, Class, Nobody, Wanted};

@@ -5,13 +5,16 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering}
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use arc_swap::ArcSwapOption;
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::Notify;
 
 use crate::clock;
 use crate::policy::Moment;
+use crate::policy::identity::Roster;
 use crate::policy::progress::ProgressPolicy;
 use crate::policy::retry::{Budget, Burst, RetryPolicy};
+use crate::pool::backend::BackendId;
 use crate::pool::pick::Class;
 use crate::pool::tempo::{Hedge, Tempo};
 use crate::pool::ward::Ward;
@@ -44,6 +47,10 @@ pub struct PoolState {
     first_served: OnceLock<Box<str>>,
     /// The others, at most [`MODELS_MAX`].
     served: RwLock<HashSet<Box<str>>>,
+    /// Who lacks a model that others list; none while all lists are equal.
+    pub(super) roster: ArcSwapOption<Roster<BackendId>>,
+    /// Hash of the configured names of which a backend has listed one; 0 for none.
+    pub(super) names_seen: AtomicU64,
     waiters: AtomicUsize,
     freed: Notify,
     /// What is usual here.
@@ -69,6 +76,8 @@ impl PoolState {
             several_models: AtomicBool::new(false),
             first_served: OnceLock::new(),
             served: RwLock::default(),
+            roster: ArcSwapOption::empty(),
+            names_seen: AtomicU64::new(0),
             waiters: AtomicUsize::new(0),
             freed: Notify::new(),
             tempo: Tempo::new(progress),

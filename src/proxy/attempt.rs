@@ -170,6 +170,9 @@ impl Attempt<'_> {
             retry_after: seen.retry_after,
             serves_others: cause != Cause::Answered && self.choice.serves(),
         };
+        if cause.lost_connection() {
+            self.choice.lost_connection();
+        }
         let first_byte = seen.head_at.map(|at| at.since(started));
         Outcome { facts, answer, first_byte, started }
     }

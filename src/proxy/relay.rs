@@ -171,6 +171,9 @@ impl Serving {
 
     /// The backend broke its answer off.
     pub(super) fn broke(&mut self, phase: Phase, cause: Cause, end: End) {
+        if cause.lost_connection() {
+            self.choice.lost_connection();
+        }
         let facts = Facts {
             sent: true,
             answered: true,

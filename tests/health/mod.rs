@@ -624,7 +624,8 @@ async fn a_backend_of_several_models_comes_back_from_the_dead_by_any_of_them() {
             assert_is_the_stream(&http.send(proxy.addr, &big).await);
             assert_is_the_stream(&http.send(proxy.addr, &small).await);
         }
-        assert_ne!(state(&proxy, dying.addr()), "healthy", "refused three times");
+        // Refused, and so is the question who it is.
+        eventually(PATIENCE, || state(&proxy, dying.addr()) == "unhealthy").await;
         dying.restart().await;
         eventually(PATIENCE, || state(&proxy, dying.addr()) == "probation").await;
         assert_is_the_stream(&http.send(proxy.addr, &small).await);
