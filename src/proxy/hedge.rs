@@ -5,7 +5,7 @@
 //! after all teaches nothing.
 
 use std::future::poll_fn;
-use std::pin::{Pin, pin};
+use std::pin::Pin;
 use std::sync::Arc;
 use std::task::Poll;
 
@@ -79,8 +79,9 @@ impl Exchange {
                 movable,
                 watch: &mut watch,
             };
-            let first = pin!(attempt.run(|| body.lock().out(self.leg.body.as_ref())));
-            self.race(first, &choice, movable.then_some(&body)).await
+            // Boxed: it is the largest part of all futures around it, and they are moved more often than it is made.
+            let mut first = Box::pin(attempt.run(|| body.lock().out(self.leg.body.as_ref())));
+            self.race(first.as_mut(), &choice, movable.then_some(&body)).await
         };
         watch.keep();
         self.body = body.into_inner();

@@ -802,6 +802,7 @@ async fn a_lost_connection_makes_a_backend_say_who_it_is_while_a_peer_works() {
     let mut rng = fastrand::Rng::with_seed(1);
     let mut pick = |tried: &[evergate::pool::BackendId]| {
         let wanted = Wanted {
+            only: None,
             tried,
             class: Class::of(Endpoint::ChatCompletions, true),
             model: None,
