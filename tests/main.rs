@@ -12,6 +12,7 @@ mod failover;
 mod health;
 mod hygiene;
 mod limits;
+mod overload;
 mod probe;
 mod relay;
 mod reload;

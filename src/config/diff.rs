@@ -275,7 +275,8 @@ fn pool_changes(changes: &mut Vec<Change>, old: &[Pool], new: &[Pool]) {
 }
 
 fn one_pool(changes: &mut Vec<Change>, old: &Pool, new: &Pool) {
-    let Pool { name, backends, models, aliases, balance, health, probe, retry, clocks, tls, http } = new;
+    let Pool { name, backends, models, aliases, balance, health, probe, retry, queue, clocks, tls, http } =
+        new;
     let keys = named([
         ("models", old.models != *models),
         ("aliases", old.aliases != *aliases),
@@ -283,6 +284,7 @@ fn one_pool(changes: &mut Vec<Change>, old: &Pool, new: &Pool) {
         ("health", old.health != *health),
         ("probe", old.probe != *probe),
         ("retry", old.retry != *retry),
+        ("queue", old.queue != *queue),
         ("clocks", old.clocks != *clocks),
         ("tls", old.tls != *tls),
         ("http", old.http != *http),

@@ -13,6 +13,7 @@ use super::{
     AccessLogTarget, Admin, Backend, BackendClocks, ClientClocks, Config, Limits, Listener, ListenerTls,
     LogFormat, Pool, Probe, ProbeKind, Telemetry, UpstreamHttp, UpstreamTls,
 };
+use crate::policy::admission::{LengthMax, QueuePolicy};
 use crate::policy::balance::{AffinityKey, BalancePolicy};
 use crate::policy::health::HealthPolicy;
 use crate::policy::retry::{Replay, RetryPolicy};
@@ -193,7 +194,8 @@ fn telemetry_table(out: &mut Writer, telemetry: &Telemetry) {
 }
 
 fn pool(out: &mut Writer, pool: &Pool) {
-    let Pool { name, backends, models, aliases, balance, health, probe, retry, clocks, tls, http } = pool;
+    let Pool { name, backends, models, aliases, balance, health, probe, retry, queue, clocks, tls, http } =
+        pool;
     out.table("[[pool]]");
     out.string("name", name);
     out.strings("models", models);
@@ -209,6 +211,7 @@ fn pool(out: &mut Writer, pool: &Pool) {
     health_table(out, health);
     probe_table(out, probe);
     retry_table(out, retry);
+    queue_table(out, queue);
     clocks_table(out, clocks);
     tls_table(out, tls);
 }
@@ -346,6 +349,17 @@ fn retry_table(out: &mut Writer, retry: &RetryPolicy) {
     out.string("replay", replay_name(replay));
 }
 
+fn queue_table(out: &mut Writer, queue: &QueuePolicy) {
+    let QueuePolicy { wait_max, length_max, priority_header } = queue;
+    out.table("[pool.queue]");
+    out.duration("wait_max", *wait_max);
+    match length_max {
+        LengthMax::Auto => out.string("length_max", "auto"),
+        LengthMax::Most(most) => out.plain("length_max", most),
+    }
+    out.string("priority_header", priority_header.as_str());
+}
+
 fn clocks_table(out: &mut Writer, clocks: &BackendClocks) {
     let BackendClocks {
         connect,
@@ -401,7 +415,7 @@ fn tls_table(out: &mut Writer, tls: &UpstreamTls) {
 }
 
 fn route(out: &mut Writer, route: &Route) {
-    let Route { pool, path_prefix, host, headers, models, replay, total } = route;
+    let Route { pool, path_prefix, host, headers, models, replay, total, priority } = route;
     out.table("[[route]]");
     out.string("pool", pool);
     if let Some(prefix) = path_prefix {
@@ -423,5 +437,8 @@ fn route(out: &mut Writer, route: &Route) {
     }
     if let Some(total) = total {
         out.duration("total", *total);
+    }
+    if let Some(priority) = priority {
+        out.string("priority", priority.name());
     }
 }

@@ -31,8 +31,8 @@ pub(super) const ADMIN: Section = Section { path: "admin", keys: &["address", "t
 pub(super) const POOL: Section = Section {
     path: "pool",
     keys: &[
-        "name", "backends", "models", "aliases", "http", "balance", "health", "probe", "retry", "clocks",
-        "tls",
+        "name", "backends", "models", "aliases", "http", "balance", "health", "probe", "retry", "queue",
+        "clocks", "tls",
     ],
 };
 pub(super) const BACKEND: Section = Section {
@@ -79,6 +79,8 @@ pub(super) const RETRY: Section = Section {
         "replay",
     ],
 };
+pub(super) const QUEUE: Section =
+    Section { path: "pool.queue", keys: &["wait_max", "length_max", "priority_header"] };
 pub(super) const CLOCKS: Section = Section {
     path: "pool.clocks",
     keys: &[
@@ -100,8 +102,10 @@ pub(super) const CLOCKS: Section = Section {
 };
 pub(super) const UPSTREAM_TLS: Section =
     Section { path: "pool.tls", keys: &["ca", "client_certificate", "client_key", "server_name"] };
-pub(super) const ROUTE: Section =
-    Section { path: "route", keys: &["pool", "path_prefix", "host", "headers", "models", "replay", "total"] };
+pub(super) const ROUTE: Section = Section {
+    path: "route",
+    keys: &["pool", "path_prefix", "host", "headers", "models", "replay", "total", "priority"],
+};
 pub(super) const LIMITS: Section = Section {
     path: "limits",
     keys: &[
@@ -133,6 +137,7 @@ const SECTIONS: &[&Section] = &[
     &HEALTH,
     &PROBE,
     &RETRY,
+    &QUEUE,
     &CLOCKS,
     &UPSTREAM_TLS,
     &ROUTE,
@@ -159,6 +164,7 @@ const SYNONYMS: &[(&str, &str)] = &[
     ("max_retries", "attempts_max"),
     ("members", "backends"),
     ("model", "models"),
+    ("max_queue", "length_max"),
     ("prefix", "path_prefix"),
     ("priority", "tier"),
     ("retries", "attempts_max"),

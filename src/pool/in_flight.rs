@@ -29,6 +29,6 @@ impl Drop for InFlight {
         let now = self.backend.in_flight.fetch_sub(1, Ordering::Relaxed) - 1;
         self.backend.work.fetch_sub(self.work, Ordering::Relaxed);
         self.backend.metrics.in_flight.set(i64::from(now));
-        self.pool.wake_one();
+        self.pool.slot_freed();
     }
 }

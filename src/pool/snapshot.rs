@@ -126,7 +126,7 @@ impl Directory {
         let applied = self.retire(&old, &new, generation);
         self.current.store(new);
         // Whoever waits may find a newcomer, now that it can be seen.
-        self.look().pools.iter().for_each(|pool| pool.state.wake_all());
+        self.look().pools.iter().for_each(|pool| pool.state.backend_returned());
         self.generation.send_replace(generation);
         self.publish_counts();
         Ok(applied)
@@ -294,6 +294,15 @@ impl Pool {
 }
 
 impl Member {
+    /// Most unfinished attempts at a time: what it was seen to take, within what is configured.
+    pub fn cap(&self) -> Option<u32> {
+        let configured = self.params.in_flight_max.map(std::num::NonZeroU32::get);
+        match (configured, self.backend.learned_cap()) {
+            (Some(configured), Some(learned)) => Some(configured.min(learned)),
+            (configured, learned) => configured.or(learned),
+        }
+    }
+
     /// Whether `params` configures this same replica.
     fn is_same(&self, params: &config::Backend) -> bool {
         let mine = &self.params;

@@ -8,6 +8,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, Version, header, request}
 
 use crate::config::Limits;
 use crate::policy::Moment;
+use crate::policy::admission::Priority;
 use crate::policy::dialect::{Dialect, Endpoint};
 use crate::policy::retry::Nature;
 use crate::pool::Class;
@@ -48,6 +49,8 @@ pub(super) struct Asked {
     pub(super) prompt_bytes: u64,
     /// Its body is still coming while it is sent.
     pub(super) uploads: bool,
+    /// Who goes first where requests wait, if the route says so instead of the client.
+    pub(super) priority: Option<Priority>,
     /// End of the whole exchange.
     pub(super) total: Option<Moment>,
     /// As they were at admission.

@@ -1,11 +1,14 @@
 //! One client request and its one response, over as many attempts as it takes.
 //!
-//! `run` is the loop: choose a backend, try it, judge the outcome, and relay, move on or give up. What to
-//! do is decided by `policy::retry`; here it is done. Dropping an exchange (the client has left) drops the
+//! `run` is the loop: choose a backend (`turn`, which may have to wait for one), try it, judge the outcome, and
+//! relay, move on or give up. What to do is decided by `policy::retry`; here it is done. Dropping an exchange (the client has left) drops the
 //! attempt under way and closes its connection.
 
+mod turn;
+
+pub(super) use turn::stand_by;
+
 use std::sync::Arc;
-use std::time::Duration;
 
 use http::{HeaderValue, Response, StatusCode, header, response};
 use hyper::upgrade::OnUpgrade;
@@ -14,10 +17,8 @@ use smallvec::SmallVec;
 use crate::clock::{self, Alarm};
 use crate::policy::Moment;
 use crate::policy::health::Observation;
-use crate::policy::retry::{
-    self, Cause, Facts, History, Next, Phase, Reason, RetryPolicy, Verdict, backoff, decide,
-};
-use crate::pool::{About, BackendId, Choice, Nobody, Pool, Receipt, Wanted};
+use crate::policy::retry::{self, Cause, Facts, History, Next, Phase, Reason, RetryPolicy, Verdict, decide};
+use crate::pool::{About, BackendId, Choice, Pool, Receipt};
 use crate::proxy::admit::Asked;
 use crate::proxy::attempt::{Answer, Attempt, Outcome};
 use crate::proxy::headers::X_REQUEST_ID;
@@ -32,9 +33,7 @@ use crate::proxy::worker::Worker;
 use crate::telemetry::events::MisconfiguredBackend;
 use crate::telemetry::metrics::{AttemptOutcome, End};
 use crate::upstream::Want;
-
-/// Between two looks for a backend that takes connections again, where nobody has noticed that it does.
-const STAND_BY_LOOK: Duration = Duration::from_millis(250);
+use turn::Waits;
 
 /// An exchange from its routing to its answer. Boxed from the start: it is moved often, and is large.
 pub(super) struct Exchange {
@@ -61,8 +60,7 @@ pub(super) struct Exchange {
     blamed: Option<Receipt>,
     /// Between attempts.
     alarm: Option<Alarm>,
-    /// End of all waiting for a backend.
-    wait_until: Option<Moment>,
+    waits: Waits,
 }
 
 impl Exchange {
@@ -92,7 +90,7 @@ impl Exchange {
             last: None,
             blamed: None,
             alarm: None,
-            wait_until: None,
+            waits: Waits::default(),
         })
     }
 
@@ -113,87 +111,6 @@ impl Exchange {
                 Next::Failover | Next::Again => self.set_aside(&choice, outcome, watch, next),
                 Next::GiveUp(reason) => return self.give_up(choice, outcome, watch, reason),
             }
-        }
-    }
-
-    /// The backend of the next attempt: one not tried yet, else one tried before, else whoever comes in time.
-    async fn choose(&mut self) -> Result<Choice, Refusal> {
-        self.follow_reload();
-        let state = self.pool.state.clone();
-        let mut room = None;
-        loop {
-            let nobody = match self.pick() {
-                Ok(choice) => return Ok(choice),
-                Err(Nobody::AllTried) => {
-                    let Some(until) = self.may_wait(Nobody::AllTried) else { return Err(self.all_failed()) };
-                    self.back_off(until).await;
-                    self.tried.clear();
-                    continue;
-                }
-                Err(nobody) => nobody,
-            };
-            let Some(until) = self.may_wait(nobody) else { return Err(refusal(nobody)) };
-            match &room {
-                // One more look from inside the room: a change between look and entry would be missed.
-                None => room = Some(state.waiting()),
-                Some(room) => {
-                    let pause = until.since(clock::now());
-                    // Either way the next look tells.
-                    let _ = tokio::time::timeout(pause, room.changed()).await;
-                    self.follow_reload();
-                }
-            }
-        }
-    }
-
-    /// Everybody was tried and there is no time for another round.
-    fn all_failed(&self) -> Refusal {
-        match self.failed {
-            Some(Facts { sent: true, cause, .. }) => Refusal::Failed { cause, enough: "all_tried" },
-            // Nobody has even seen the request.
-            Some(_) | None => Refusal::Down,
-        }
-    }
-
-    fn pick(&self) -> Result<Choice, Nobody> {
-        let wanted = Wanted {
-            tried: &self.tried,
-            class: self.asked.class,
-            model: self.pool.judged_model(self.asked.model.as_deref()),
-            affinity: self.asked.affinity,
-            prompt_bytes: self.asked.prompt_bytes,
-            replayable: self.is_replayable(),
-        };
-        self.worker.with_rng(|rng| self.pool.pick(&wanted, rng))
-    }
-
-    /// Streams last for minutes: each attempt sees the pool as it is then.
-    fn follow_reload(&mut self) {
-        let snapshot = self.worker.directory.look();
-        if let Some(pool) = snapshot.pools.iter().find(|pool| Arc::ptr_eq(&pool.state, &self.pool.state))
-            && !Arc::ptr_eq(pool, &self.pool)
-        {
-            self.pool = pool.clone();
-        }
-    }
-
-    /// Everybody was tried: a pause before the next round, within the time for waiting.
-    async fn back_off(&mut self, until: Moment) {
-        self.rounds += 1;
-        let pause = self.worker.with_rng(|rng| backoff(&self.policy, self.rounds, rng));
-        tokio::time::sleep(pause.min(until.since(clock::now()))).await;
-    }
-
-    /// How long a backend may be waited for; `None` when it is enough or would be for nothing.
-    fn may_wait(&mut self, nobody: Nobody) -> Option<Moment> {
-        let now = clock::now();
-        let most = now + self.policy.wait_max;
-        let end = *self.wait_until.get_or_insert(self.asked.total.map_or(most, |total| total.min(most)));
-        match nobody {
-            _ if end <= now => None,
-            Nobody::Busy { until: Some(until) } if until > end => None,
-            Nobody::Busy { until: Some(until) } => Some(until.max(now + clock::ALARM_TICK).min(end)),
-            Nobody::Busy { until: None } | Nobody::Down | Nobody::AllTried => Some(end),
         }
     }
 
@@ -443,67 +360,5 @@ impl Exchange {
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
         headers.insert(X_REQUEST_ID, self.ledger.id.clone());
         response.map(|()| AnswerBody::whole(body, None, self.ledger))
-    }
-}
-
-/// Makes sure that a connection to some backend of `pool` stands: `100 Continue` promises that the body
-/// has somewhere to go. Waits `wait` for one, as an exchange would.
-///
-/// # Errors
-/// When none can be made.
-pub(super) async fn stand_by(
-    worker: &Worker,
-    pool: &Arc<Pool>,
-    asked: &Wanted<'_>,
-    wait: Duration,
-) -> Result<(), Refusal> {
-    let until = clock::now() + wait;
-    let mut room = None;
-    let mut tried: SmallVec<[BackendId; 4]> = SmallVec::new();
-    loop {
-        let wanted = Wanted { tried: &tried, ..*asked };
-        let nobody = match worker.with_rng(|rng| pool.pick(&wanted, rng)) {
-            Ok(choice) if connects(worker, &choice).await => return Ok(()),
-            Ok(choice) => {
-                tried.push(choice.backend().id);
-                continue;
-            }
-            Err(nobody) => nobody,
-        };
-        let left = until.since(clock::now());
-        if left.is_zero() {
-            return Err(refusal(nobody));
-        }
-        match &room {
-            // One more look from inside the room: a change between look and entry would be missed.
-            None => room = Some(pool.state.waiting()),
-            Some(room) => {
-                // Either way the next look tells.
-                let _ = tokio::time::timeout(left.min(STAND_BY_LOOK), room.changed()).await;
-                tried.clear();
-            }
-        }
-    }
-}
-
-/// Whether a connection stands, or can be made.
-async fn connects(worker: &Worker, choice: &Choice) -> bool {
-    let member = choice.member();
-    match member.backend.lane(worker.index).lease(&member.target, Want::Any).await {
-        Ok(lease) => {
-            lease.give_back();
-            true
-        }
-        Err(_refused) => {
-            worker.with_rng(|rng| choice.observe(About::Backend, Observation::Fault, rng));
-            false
-        }
-    }
-}
-
-fn refusal(nobody: Nobody) -> Refusal {
-    match nobody {
-        Nobody::Busy { until } => Refusal::Busy(until.map(|until| until.since(clock::now()))),
-        Nobody::Down | Nobody::AllTried => Refusal::Down,
     }
 }

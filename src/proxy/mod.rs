@@ -144,6 +144,7 @@ impl Worker {
             affinity: affinity(pool, head, &bytes),
             prompt_bytes: ledger.bytes_in,
             uploads: body.is_streamed(),
+            priority: rule.and_then(|rule| rule.priority),
             total: total.map(|total| ledger.started + total),
             limits: config.limits.clone(),
             headers: admit::outgoing_headers(head, endpoint, client, &ledger.id),
@@ -161,6 +162,7 @@ impl Worker {
             affinity: None,
             prompt_bytes: 0,
             replayable: false,
+            paid: false,
         };
         if snapshot.routes.needs_model(&view(head)) {
             // Which pool it will be only the body says: a connection to any is promise enough.

@@ -269,6 +269,7 @@ async fn an_ejection_calls_for_a_probe_before_the_interval_is_over() {
             model: None,
             affinity: None,
             prompt_bytes: 0,
+            paid: false,
             replayable: true,
         };
         let choice = pool.pick(&wanted, &mut rng).unwrap_or_else(|nobody| panic!("{nobody:?}"));
