@@ -14,6 +14,7 @@ mod hygiene;
 mod limits;
 mod overload;
 mod probe;
+mod progress;
 mod relay;
 mod reload;
 mod retry;

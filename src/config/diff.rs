@@ -275,14 +275,30 @@ fn pool_changes(changes: &mut Vec<Change>, old: &[Pool], new: &[Pool]) {
 }
 
 fn one_pool(changes: &mut Vec<Change>, old: &Pool, new: &Pool) {
-    let Pool { name, backends, models, aliases, balance, health, probe, retry, queue, clocks, tls, http } =
-        new;
+    let Pool {
+        name,
+        backends,
+        models,
+        aliases,
+        balance,
+        health,
+        probe,
+        progress,
+        outlier,
+        retry,
+        queue,
+        clocks,
+        tls,
+        http,
+    } = new;
     let keys = named([
         ("models", old.models != *models),
         ("aliases", old.aliases != *aliases),
         ("balance", old.balance != *balance),
         ("health", old.health != *health),
         ("probe", old.probe != *probe),
+        ("progress", old.progress != *progress),
+        ("outlier", old.outlier != *outlier),
         ("retry", old.retry != *retry),
         ("queue", old.queue != *queue),
         ("clocks", old.clocks != *clocks),

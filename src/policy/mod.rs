@@ -8,7 +8,10 @@ pub mod admission;
 pub mod balance;
 pub mod dialect;
 pub mod health;
+pub mod hedge;
 pub mod json;
+pub mod outlier;
+pub mod progress;
 pub mod retry;
 pub mod route;
 

@@ -9,9 +9,11 @@ use parking_lot::{Mutex, RwLock};
 use crate::clock;
 use crate::policy::Moment;
 use crate::policy::admission::{Completions, Full, Priority};
+use crate::policy::progress::ProgressPolicy;
 use crate::policy::retry::{Budget, Burst, RetryPolicy};
 use crate::pool::line::{Joining, Line, Reason, Waiting};
 use crate::pool::pick::Class;
+use crate::pool::tempo::{Hedge, Tempo};
 use crate::telemetry::Telemetry;
 use crate::telemetry::events::BudgetEmpty;
 use crate::telemetry::metrics::PoolMetrics;
@@ -52,6 +54,8 @@ pub struct PoolState {
     /// Answers finished, and how many of them `completions` has counted.
     finished: AtomicU64,
     completions: Mutex<(Completions, u64)>,
+    /// What is usual here.
+    pub(super) tempo: Tempo,
     /// Bits of the median first-token time, in seconds, by class; `NO_MEDIAN` while none is known.
     medians: Box<[AtomicU64]>,
 }
@@ -59,7 +63,7 @@ pub struct PoolState {
 const NO_MEDIAN: u64 = f64::NAN.to_bits();
 
 impl PoolState {
-    pub(super) fn new(name: &str, telemetry: Arc<Telemetry>) -> Self {
+    pub(super) fn new(name: &str, progress: &ProgressPolicy, telemetry: Arc<Telemetry>) -> Self {
         Self {
             metrics: telemetry.metrics.pool(name),
             telemetry,
@@ -76,6 +80,7 @@ impl PoolState {
             rescuing: AtomicU64::new(0),
             finished: AtomicU64::new(0),
             completions: Mutex::new((Completions::new(clock::now()), 0)),
+            tempo: Tempo::new(progress),
             medians: Class::all().map(|_| AtomicU64::new(NO_MEDIAN)).collect(),
         }
     }
@@ -106,6 +111,14 @@ impl PoolState {
     /// Nothing was sent to the suspect.
     pub(super) fn refund_suspect(&self) {
         self.budget.lock().refund_suspect(clock::now());
+    }
+
+    /// Takes a hedge from its own allowance and from the retry budget.
+    pub fn may_hedge(&self, policy: &RetryPolicy, progress: &ProgressPolicy) -> Option<Hedge> {
+        let now = clock::now();
+        let mut budget = self.budget.lock();
+        let hedge = self.tempo.begin_hedge(now, progress, budget.requests(now))?;
+        budget.withdraw(now, policy).then_some(hedge)
     }
 
     pub(super) fn publish_budget(&self, policy: &RetryPolicy, now: Moment) {

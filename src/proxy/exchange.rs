@@ -20,8 +20,9 @@ use crate::policy::health::Observation;
 use crate::policy::retry::{self, Cause, Facts, History, Next, Phase, Reason, RetryPolicy, Verdict, decide};
 use crate::pool::{About, BackendId, Choice, Pool, Receipt};
 use crate::proxy::admit::Asked;
-use crate::proxy::attempt::{Answer, Attempt, Outcome};
+use crate::proxy::attempt::{Answer, Outcome};
 use crate::proxy::headers::X_REQUEST_ID;
+use crate::proxy::hedge::Tried;
 use crate::proxy::ledger::{Entry, Ledger};
 use crate::proxy::relay::{AnswerBody, Serving};
 use crate::proxy::replay_body::ReplayBody;
@@ -32,26 +33,27 @@ use crate::proxy::watch::Watch;
 use crate::proxy::worker::Worker;
 use crate::telemetry::events::MisconfiguredBackend;
 use crate::telemetry::metrics::{AttemptOutcome, End};
-use crate::upstream::Want;
 use turn::Waits;
 
 /// An exchange from its routing to its answer. Boxed from the start: it is moved often, and is large.
 pub(super) struct Exchange {
-    worker: Arc<Worker>,
-    asked: Asked,
-    body: ReplayBody,
-    ledger: Ledger,
-    pool: Arc<Pool>,
+    pub(super) worker: Arc<Worker>,
+    pub(super) asked: Asked,
+    pub(super) body: ReplayBody,
+    pub(super) ledger: Ledger,
+    pub(super) pool: Arc<Pool>,
     /// The pool's, with what the route overrides.
-    policy: RetryPolicy,
+    pub(super) policy: RetryPolicy,
     /// The client's connection, where it is to be switched to another protocol.
     switch: Option<OnUpgrade>,
-    history: History,
-    tried: SmallVec<[BackendId; 4]>,
+    pub(super) history: History,
+    pub(super) tried: SmallVec<[BackendId; 4]>,
+    /// Asked beside one that was late.
+    pub(super) hedged: Option<BackendId>,
     /// Times that all backends had been tried.
     rounds: u32,
     /// The next attempt needs a new connection.
-    fresh: bool,
+    pub(super) fresh: bool,
     /// How the latest attempt failed.
     failed: Option<Facts>,
     /// The latest answer that was not good enough.
@@ -59,7 +61,7 @@ pub(super) struct Exchange {
     /// A fault that may turn out to be the request's own.
     blamed: Option<Receipt>,
     /// Between attempts.
-    alarm: Option<Alarm>,
+    pub(super) alarm: Option<Alarm>,
     waits: Waits,
 }
 
@@ -84,6 +86,7 @@ impl Exchange {
             policy,
             switch,
             tried: SmallVec::new(),
+            hedged: None,
             rounds: 0,
             fresh: false,
             failed: None,
@@ -102,7 +105,7 @@ impl Exchange {
                 Ok(choice) => choice,
                 Err(refusal) => return self.nobody(&refusal),
             };
-            let (outcome, watch) = self.attempt(&choice).await;
+            let Tried { choice, outcome, watch } = self.attempt(choice).await;
             let verdict = retry::verdict(&outcome.facts);
             let next = self.decide(&outcome.facts, verdict);
             self.learn(&choice, &outcome, verdict, next);
@@ -114,35 +117,7 @@ impl Exchange {
         }
     }
 
-    async fn attempt(&mut self, choice: &Choice) -> (Outcome, Watch) {
-        let replayable = self.is_replayable();
-        let want = match () {
-            () if self.asked.upgrade.is_some() => Want::Upgradable,
-            () if self.fresh => Want::Fresh,
-            // A kept connection may be closing: what was sent on it may or may not have been executed.
-            () if !replayable => Want::Sure,
-            () => Want::Any,
-        };
-        let alarm = self.alarm.take().unwrap_or_else(|| self.worker.alarms.alarm());
-        let mut watch = Watch::new(alarm, self.asked.total);
-        let attempt = Attempt {
-            worker: &self.worker,
-            asked: &self.asked,
-            choice,
-            number: self.history.attempts() + 1,
-            want,
-            movable: replayable,
-            watch: &mut watch,
-        };
-        let body = &mut self.body;
-        let mut outcome = attempt.run(|| body.out()).await;
-        watch.keep();
-        // A body that was given away cannot be sent again, whatever became of it.
-        outcome.facts.sent |= !self.body.is_here();
-        (outcome, watch)
-    }
-
-    fn is_replayable(&self) -> bool {
+    pub(super) fn is_replayable(&self) -> bool {
         !self.body.is_streamed() && self.policy.replay.allows(&self.asked.nature)
     }
 
@@ -157,7 +132,7 @@ impl Exchange {
     }
 
     /// Teaches the judge, and writes the attempt down.
-    fn learn(&mut self, choice: &Choice, outcome: &Outcome, verdict: Verdict, next: Next) {
+    pub(super) fn learn(&mut self, choice: &Choice, outcome: &Outcome, verdict: Verdict, next: Next) {
         let facts = &outcome.facts;
         let own_fault = next == Next::RelayAsRequestFault;
         if own_fault && let Some(receipt) = self.blamed.take() {
@@ -217,14 +192,17 @@ impl Exchange {
         if verdict == Verdict::Success {
             let took = outcome.facts.took;
             choice.backend().whole().first_token(self.asked.class, clock::now(), took.as_secs_f64());
+            let kind = choice.in_flight.kind();
+            choice.pool.learn_first_token(choice.index, kind, outcome.started, took);
             if matches!(outcome.answer, Some(Answer::Tokens { .. })) {
                 metrics.first_token(took);
             }
         }
     }
 
-    fn role(&self, choice: &Choice) -> &'static str {
+    pub(super) fn role(&self, choice: &Choice) -> &'static str {
         match self.history.attempts() {
+            _ if self.hedged == Some(choice.backend().id) => "hedge",
             0 => "first",
             _ if self.ledger.has_tried(choice.backend()) => "retry",
             _ => "failover",

@@ -170,7 +170,7 @@ impl Exchange {
         self.worker.with_rng(|rng| self.pool.pick(&self.wanted(), rng))
     }
 
-    fn wanted(&self) -> Wanted<'_> {
+    pub(in crate::proxy) fn wanted(&self) -> Wanted<'_> {
         Wanted {
             tried: &self.tried,
             class: self.asked.class,
