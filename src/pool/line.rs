@@ -284,3 +284,189 @@ impl Drop for Waiting {
         self.leave();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::policy::progress::ProgressPolicy;
+    use crate::telemetry::Telemetry;
+
+    fn pool() -> Arc<PoolState> {
+        Arc::new(PoolState::new("p", &ProgressPolicy::default(), Arc::new(Telemetry::silent())))
+    }
+
+    fn joining() -> Joining {
+        Joining {
+            priority: Priority::Normal,
+            admitted: None,
+            rescued: false,
+            deadline: clock::now() + Duration::from_secs(60),
+            length_max: 1024,
+        }
+    }
+
+    /// Joins, and takes the look that the first of a line has at once.
+    fn joined(pool: &Arc<PoolState>) -> Waiting {
+        let mut waiting = pool.join(None, joining()).unwrap();
+        if called(&waiting) {
+            waiting.wait_on(joining().deadline, true);
+        }
+        waiting
+    }
+
+    fn called(waiting: &Waiting) -> bool {
+        waiting.call.reason().is_some()
+    }
+
+    fn which(waiting: &[Waiting]) -> Vec<usize> {
+        (0..waiting.len()).filter(|&n| called(&waiting[n])).collect()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_first_of_a_line_looks_once_more_from_inside() {
+        let pool = pool();
+        let first = pool.join(None, joining()).unwrap();
+        assert!(called(&first), "a slot freed between its look and its joining would be missed");
+        assert!(!called(&pool.join(None, joining()).unwrap()));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn each_slot_calls_one_in_order_and_each_call_wakes_its_own() {
+        let pool = pool();
+        let waiting: Vec<Waiting> = (0..3).map(|_| joined(&pool)).collect();
+        assert_eq!(which(&waiting), [0; 0]);
+        pool.slot_freed();
+        assert_eq!(which(&waiting), [0]);
+        pool.slot_freed();
+        assert_eq!(which(&waiting), [0, 1]);
+        assert!(waiting[1].turn(joining().deadline).await);
+        let begin = clock::now();
+        assert!(!waiting[2].turn(begin + Duration::from_secs(3)).await);
+        assert!(clock::now().since(begin) >= Duration::from_secs(3));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_finds_nobody_is_called_first_again() {
+        let pool = pool();
+        let mut waiting: Vec<Waiting> = (0..3).map(|_| joined(&pool)).collect();
+        pool.slot_freed();
+        waiting[0].wait_on(joining().deadline, true);
+        assert_eq!(which(&waiting), [0; 0]);
+        pool.slot_freed();
+        assert_eq!(which(&waiting), [0]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_leaves_with_a_call_in_hand_passes_it_on() {
+        for look in [false, true] {
+            let pool = pool();
+            let mut waiting: Vec<Waiting> = (0..4).map(|_| joined(&pool)).collect();
+            if look {
+                pool.look()
+            } else {
+                pool.slot_freed()
+            }
+            assert_eq!(which(&waiting), [0]);
+            drop(waiting.remove(0));
+            assert_eq!(which(&waiting), [0], "the second");
+            drop(waiting.pop());
+            assert_eq!((which(&waiting), pool.waiters()), (vec![0], 2));
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_look_goes_on_while_each_finds_somebody() {
+        let pool = pool();
+        let mut waiting: Vec<Waiting> = (0..5).map(|_| joined(&pool)).collect();
+        pool.look();
+        for left in (3..5).rev() {
+            assert_eq!(which(&waiting), [0], "one at a time");
+            assert!(waiting.remove(0).let_in().is_none(), "no crowd, no pace");
+            assert_eq!(pool.waiters(), left);
+        }
+        waiting[0].wait_on(joining().deadline, true);
+        assert_eq!(which(&waiting), [0; 0]);
+        // A freed slot is for one only.
+        pool.slot_freed();
+        waiting.remove(0).let_in();
+        assert_eq!(which(&waiting), [0; 0]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_look_passes_those_by_for_whom_nobody_is_there() {
+        let pool = pool();
+        let mut waiting: Vec<Waiting> = (0..10).map(|_| joined(&pool)).collect();
+        pool.look();
+        for n in 0..=LOOKS_BEHIND {
+            assert_eq!(which(&waiting), [n]);
+            waiting[n].wait_on(joining().deadline, false);
+        }
+        assert_eq!(which(&waiting), [0; 0], "that was enough");
+        pool.look();
+        assert_eq!(which(&waiting), [0], "from the front again");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_returning_backend_lets_in_a_few_and_more_with_time_and_first_tokens() {
+        let pool = pool();
+        let mut waiting: Vec<Waiting> = (0..100).map(|_| joined(&pool)).collect();
+        let let_in = |waiting: &mut Vec<Waiting>| {
+            let mut lines = Vec::new();
+            while waiting.first().is_some_and(called) {
+                lines.push(waiting.remove(0).let_in().expect("paced"));
+            }
+            lines
+        };
+        pool.backend_returned();
+        let first = let_in(&mut waiting);
+        assert_eq!(first.len(), 8);
+        pool.slot_freed();
+        assert_eq!(which(&waiting), [0; 0], "no way around the pace");
+        for line in &first {
+            line.first_token(clock::now());
+        }
+        assert_eq!(let_in(&mut waiting).len(), 16);
+        tokio::time::advance(Duration::from_millis(250)).await;
+        pool.look();
+        assert_eq!(let_in(&mut waiting).len(), 8);
+        tokio::time::advance(Duration::from_secs(2)).await;
+        pool.look();
+        while waiting.first().is_some_and(called) {
+            waiting.remove(0).let_in();
+        }
+        assert_eq!(waiting.len(), 0);
+        assert_eq!(pool.waiters(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_an_ejection_throws_off_is_paced_and_in_nobodys_way() {
+        let pool = pool();
+        let rescued = Joining { rescued: true, admitted: Some(Moment::ZERO), ..joining() };
+        let mut crowd: Vec<Waiting> = (0..20).map(|_| pool.join(None, rescued).unwrap()).collect();
+        assert!(!pool.someone_waits(None), "arrivals need not wait for them");
+        let mut let_in = 0;
+        while let Some(n) = which(&crowd).first() {
+            crowd.remove(*n).let_in();
+            let_in += 1;
+        }
+        assert_eq!(let_in, 8);
+        (0..20).for_each(|_| pool.slot_freed());
+        assert_eq!(which(&crowd), [0; 0], "what a dead backend lets go of are no slots");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_waits_for_one_model_is_not_in_the_way_of_another_and_counts_all_the_same() {
+        let pool = pool();
+        let joining = Joining { length_max: 2, ..joining() };
+        let one = pool.join(Some("one"), joining).unwrap();
+        assert!(pool.someone_waits(Some("one")) && !pool.someone_waits(Some("other")));
+        let other = pool.join(Some("other"), joining).unwrap();
+        assert!(pool.join(None, joining).is_err(), "the bound is the pool's");
+        drop(one);
+        assert!(!pool.someone_waits(Some("one")) && pool.someone_waits(Some("other")));
+        drop(other);
+        assert_eq!((pool.waiters(), pool.metrics.waiting.get()), (0, 0));
+    }
+}
