@@ -14,6 +14,7 @@ mod health;
 mod hygiene;
 mod limits;
 mod load;
+mod overload;
 mod poison;
 mod probe;
 mod progress;

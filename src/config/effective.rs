@@ -14,6 +14,7 @@ use super::{
     Listener, ListenerTls, Load, LogFormat, Pool, Probe, ProbeKind, Scrape, Telemetry, UpstreamHttp,
     UpstreamTls,
 };
+use crate::policy::admission::{LengthMax, QueuePolicy};
 use crate::policy::balance::{AffinityKey, BalancePolicy};
 use crate::policy::fallback::Fallback;
 use crate::policy::health::HealthPolicy;
@@ -209,6 +210,7 @@ fn pool(out: &mut Writer, pool: &Pool) {
         progress,
         outlier,
         retry,
+        queue,
         clocks,
         tls,
         http,
@@ -232,6 +234,7 @@ fn pool(out: &mut Writer, pool: &Pool) {
     progress_table(out, progress);
     outlier_table(out, outlier);
     retry_table(out, retry);
+    queue_table(out, queue);
     clocks_table(out, clocks);
     tls_table(out, tls);
     fallbacks.iter().for_each(|each| fallback(out, each));
@@ -449,6 +452,17 @@ fn retry_table(out: &mut Writer, retry: &RetryPolicy) {
     out.string("replay", replay_name(replay));
 }
 
+fn queue_table(out: &mut Writer, queue: &QueuePolicy) {
+    let QueuePolicy { wait_max, length_max, priority_header } = queue;
+    out.table("[pool.queue]");
+    out.duration("wait_max", *wait_max);
+    match length_max {
+        LengthMax::Auto => out.string("length_max", "auto"),
+        LengthMax::Most(most) => out.plain("length_max", most),
+    }
+    out.string("priority_header", priority_header.as_str());
+}
+
 fn clocks_table(out: &mut Writer, clocks: &BackendClocks) {
     let BackendClocks {
         connect,
@@ -514,7 +528,7 @@ fn fallback(out: &mut Writer, fallback: &Fallback) {
 }
 
 fn route(out: &mut Writer, route: &Route) {
-    let Route { pool, path_prefix, host, headers, models, replay, total } = route;
+    let Route { pool, path_prefix, host, headers, models, replay, total, priority } = route;
     out.table("[[route]]");
     out.string("pool", pool);
     if let Some(prefix) = path_prefix {
@@ -536,5 +550,8 @@ fn route(out: &mut Writer, route: &Route) {
     }
     if let Some(total) = total {
         out.duration("total", *total);
+    }
+    if let Some(priority) = priority {
+        out.string("priority", priority.name());
     }
 }

@@ -32,7 +32,7 @@ pub(super) const POOL: Section = Section {
     path: "pool",
     keys: &[
         "name", "backends", "models", "aliases", "http", "balance", "health", "probe", "progress", "outlier",
-        "retry", "clocks", "load", "tls", "fallback",
+        "retry", "queue", "clocks", "load", "tls", "fallback",
     ],
 };
 pub(super) const BACKEND: Section = Section {
@@ -119,6 +119,8 @@ pub(super) const RETRY: Section = Section {
         "replay",
     ],
 };
+pub(super) const QUEUE: Section =
+    Section { path: "pool.queue", keys: &["wait_max", "length_max", "priority_header"] };
 pub(super) const CLOCKS: Section = Section {
     path: "pool.clocks",
     keys: &[
@@ -141,8 +143,10 @@ pub(super) const CLOCKS: Section = Section {
 pub(super) const UPSTREAM_TLS: Section =
     Section { path: "pool.tls", keys: &["ca", "client_certificate", "client_key", "server_name"] };
 pub(super) const FALLBACK: Section = Section { path: "pool.fallback", keys: &["pool", "on", "model"] };
-pub(super) const ROUTE: Section =
-    Section { path: "route", keys: &["pool", "path_prefix", "host", "headers", "models", "replay", "total"] };
+pub(super) const ROUTE: Section = Section {
+    path: "route",
+    keys: &["pool", "path_prefix", "host", "headers", "models", "replay", "total", "priority"],
+};
 pub(super) const LIMITS: Section = Section {
     path: "limits",
     keys: &[
@@ -177,6 +181,7 @@ const SECTIONS: &[&Section] = &[
     &PROGRESS,
     &OUTLIER,
     &RETRY,
+    &QUEUE,
     &CLOCKS,
     &UPSTREAM_TLS,
     &FALLBACK,
@@ -206,6 +211,7 @@ const SYNONYMS: &[(&str, &str)] = &[
     ("max_retries", "attempts_max"),
     ("members", "backends"),
     ("model", "models"),
+    ("max_queue", "length_max"),
     ("prefix", "path_prefix"),
     ("priority", "tier"),
     ("retries", "attempts_max"),

@@ -35,6 +35,7 @@ use http::uri::{Authority, PathAndQuery};
 use http::{HeaderName, HeaderValue};
 use ipnet::IpNet;
 
+use crate::policy::admission::QueuePolicy;
 use crate::policy::balance::BalancePolicy;
 use crate::policy::dialect::Engine;
 use crate::policy::fallback::Fallback;
@@ -127,6 +128,8 @@ pub struct Pool {
     pub outlier: OutlierPolicy,
     /// What may be sent again, how often.
     pub retry: RetryPolicy,
+    /// How exchanges wait for a free slot.
+    pub queue: QueuePolicy,
     /// Clocks of the backend side.
     pub clocks: BackendClocks,
     /// Private roots, client certificate, server name for `https` backends.

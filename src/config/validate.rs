@@ -22,6 +22,7 @@ use super::{
     Listener, ListenerTls, Load, LogFormat, Pool, Probe, ProbeKind, Scrape, Secret, Telemetry, UpstreamHttp,
     UpstreamTls,
 };
+use crate::policy::admission::{LengthMax, Priority, QueuePolicy};
 use crate::policy::balance::{AffinityKey, BalancePolicy};
 use crate::policy::dialect::{Endpoint, Engine, Question};
 use crate::policy::fallback::{FALLBACKS_MAX, Fallback, FallbackCause};
@@ -51,6 +52,8 @@ const EXPECT_BYTES_MAX: usize = 128;
 /// More threads than any machine has cores is a typing mistake.
 const WORKERS_MAX: u64 = 1024;
 const WEIGHT_MAX: u64 = 1000;
+/// More waiting requests than this are a memory bound, and that is `limits.memory_max`.
+const QUEUE_LENGTH_MAX: u64 = 1_000_000;
 /// Names become metric labels, log fields and parts of admin paths.
 const NAME_CHARS_MAX: usize = 128;
 
@@ -81,6 +84,9 @@ const NOT_SETTABLE: &[&str] = &[
 
 const REPLAY: &[(&str, Replay)] =
     &[("auto", Replay::Auto), ("always", Replay::Always), ("safe", Replay::Safe), ("never", Replay::Never)];
+
+const PRIORITY: &[(&str, Priority)] =
+    &[("high", Priority::High), ("normal", Priority::Normal), ("low", Priority::Low)];
 
 /// The whole file. What it returns is only a configuration when `document` has no errors.
 pub(super) fn config(root: &Table<'_>) -> Config {
@@ -255,6 +261,7 @@ fn pool(table: &Table<'_>, name: String, listeners: &[Listener]) -> Pool {
         progress: progress(&table.table("progress", &keys::PROGRESS)),
         outlier: outlier(&table.table("outlier", &keys::OUTLIER)),
         retry: retry(&table.table("retry", &keys::RETRY)),
+        queue: queue(&table.table("queue", &keys::QUEUE)),
         clocks: backend_clocks(&table.table("clocks", &keys::CLOCKS)),
         tls: upstream_tls(&table.table("tls", &keys::UPSTREAM_TLS)),
         http: table.choice(
@@ -866,6 +873,26 @@ fn retry(table: &Table<'_>) -> RetryPolicy {
     retry
 }
 
+fn queue(table: &Table<'_>) -> QueuePolicy {
+    let default = QueuePolicy::default();
+    let length_max = match table.item("length_max") {
+        Some(item) if !item.is_text("auto") => {
+            item.integer(1..=QUEUE_LENGTH_MAX).and_then(NonZeroU32::new).map(LengthMax::Most)
+        }
+        _ => None,
+    };
+    let header = table.item("priority_header");
+    let queue = QueuePolicy {
+        wait_max: table.duration("wait_max", default.wait_max, MAY_BE_ZERO),
+        length_max: length_max.unwrap_or(default.length_max),
+        priority_header: header
+            .and_then(|item| item.string().and_then(|name| header_name(&name, &item)))
+            .unwrap_or(default.priority_header),
+    };
+    table.refuse_unknown_keys();
+    queue
+}
+
 fn backend_clocks(table: &Table<'_>) -> BackendClocks {
     let default = BackendClocks::default();
     let clock = |key, default| table.duration(key, default, RUNNING);
@@ -975,6 +1002,7 @@ fn route(table: &Table<'_>, pools: &[&str]) -> Route {
         models: models(table.item("models"), true),
         replay: table.item("replay").and_then(|item| item.choice(REPLAY)),
         total: table.item("total").and_then(|item| item.duration(RUNNING)),
+        priority: table.item("priority").and_then(|item| item.choice(PRIORITY)),
     }
 }
 

@@ -4,6 +4,7 @@
 //! `now` and `rng` are arguments, state machines return their transitions, and the caller publishes
 //! them. That is what lets balancing, health and retry be tested by the thousand from a seed.
 
+pub mod admission;
 pub mod balance;
 pub mod dialect;
 pub mod fallback;

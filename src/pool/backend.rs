@@ -14,6 +14,7 @@ use tokio::sync::Notify;
 
 use crate::clock;
 use crate::policy::Moment;
+use crate::policy::admission::Cap;
 use crate::policy::balance::{Ewma, RecentFailures, stable_hash};
 use crate::policy::health::{
     Administrative, Arrival, Health, HealthPolicy, Observation, Peers, ProbeVerdict, Standing, Transition,
@@ -67,6 +68,11 @@ pub struct Backend {
     by_model: RwLock<Vec<(String, Arc<Record>)>>,
     pub(super) in_flight: AtomicU32,
     pub(super) work: AtomicU64,
+    /// Unfinished attempts when it last began to answer one.
+    proven: AtomicU32,
+    cap: Mutex<Cap>,
+    /// What `cap` says, 0 for nothing: spares the lock.
+    cap_now: AtomicU32,
     pub(super) unfinished: List,
     pub(super) signs: Signs,
     admin: AtomicU8,
@@ -271,6 +277,9 @@ impl Backend {
             by_model: RwLock::new(Vec::new()),
             in_flight: AtomicU32::new(0),
             work: AtomicU64::new(0),
+            proven: AtomicU32::new(0),
+            cap: Mutex::default(),
+            cap_now: AtomicU32::new(0),
             unfinished: List::default(),
             signs: Signs::default(),
             admin: AtomicU8::new(Administrative::Enabled as u8),
@@ -300,6 +309,40 @@ impl Backend {
     /// Unfinished attempts.
     pub fn in_flight(&self) -> u32 {
         self.in_flight.load(Ordering::Relaxed)
+    }
+
+    /// Most unfinished attempts it takes, as its refusals have taught; none while nothing is known.
+    pub fn learned_cap(&self) -> Option<u32> {
+        Some(self.cap_now.load(Ordering::Relaxed)).filter(|&cap| cap > 0)
+    }
+
+    /// It began to answer one.
+    pub(super) fn took_one(&self) {
+        let in_flight = self.in_flight();
+        self.proven.store(in_flight, Ordering::Relaxed);
+        if self.learned_cap().is_some() {
+            self.learn(|cap| cap.served(clock::now(), in_flight));
+        }
+    }
+
+    /// It refused one: too many, or not now.
+    pub(super) fn refused_one(&self, now: Moment) {
+        let proven = self.proven.load(Ordering::Relaxed);
+        self.learn(|cap| cap.refused(now, self.in_flight(), proven));
+    }
+
+    pub(super) fn forget_cap(&self, now: Moment) {
+        if self.learned_cap().is_some() {
+            self.learn(|cap| cap.forget(now));
+        }
+    }
+
+    fn learn(&self, teach: impl FnOnce(&mut Cap)) {
+        let mut cap = self.cap.lock();
+        teach(&mut cap);
+        let now = cap.most().unwrap_or(0);
+        self.cap_now.store(now, Ordering::Relaxed);
+        self.metrics.cap.set(i64::from(now));
     }
 
     /// The judge of connect-class faults and probes; of everything where one model is served.

@@ -156,7 +156,7 @@ impl Pool {
         if trust.settled.swap(doubts.0, Ordering::Relaxed) != doubts.0 && !trust.doubted() {
             trust.since.store(0, Ordering::Relaxed);
             // Who found nobody may find it now.
-            self.state.wake_all();
+            self.state.backend_returned();
         }
     }
 

@@ -1,7 +1,7 @@
 //! Observations in, transitions out: where `policy::health` meets the backends.
 //!
 //! Every transition passes through `publish` once: told, counted, and followed by what it means here
-//! (waiting attempts rescued, kept connections closed, a trial opened, those who wait woken). Peers are
+//! (waiting attempts rescued, kept connections closed, a trial opened, those who wait called). Peers are
 //! read before the lock of the one who is judged, so two judges never wait for each other.
 
 use std::sync::Arc;
@@ -42,6 +42,7 @@ impl Choice {
             self.lost_connection();
         }
         let model = self.model_of(record);
+        self.note(about, observation);
         self.pool.observe(self.index, record, model.as_deref(), observation, rng);
         // Whatever model it serves, the address works; a failure is only the model's until the address fails.
         if model.is_some() && matches!(observation, Observation::Success | Observation::FirstToken) {
@@ -62,6 +63,32 @@ impl Choice {
     fn model_metrics(&self) -> Option<&Arc<ModelMetrics>> {
         let other = || self.pool.judges_models().then(|| self.backend().other_models());
         self.record.metrics.as_ref().or_else(other)
+    }
+
+    /// What the observation says of caps, of the pace and of the budget.
+    fn note(&self, about: About, observation: Observation) {
+        match observation {
+            Observation::FirstToken => {
+                self.backend().took_one();
+                if let Some(line) = &self.let_in {
+                    line.first_token(clock::now());
+                }
+            }
+            Observation::Success => self.pool.state.finished(),
+            Observation::Busy { .. } => self.backend().refused_one(clock::now()),
+            Observation::Fault | Observation::Misconfigured | Observation::Silent | Observation::Neutral => {}
+        }
+        if about == About::Backend {
+            // There was no connection.
+            self.nothing_sent();
+        }
+    }
+
+    /// Nothing was sent: an attempt at a suspect costs nothing then.
+    pub fn nothing_sent(&self) {
+        if self.suspect {
+            self.pool.state.refund_suspect();
+        }
     }
 
     /// Whether the backend serves others, so that a failure may be the request's own.
@@ -138,6 +165,9 @@ impl Pool {
         let now = clock::now();
         self.watch_progress(now);
         self.settle(now);
+        self.members.iter().for_each(|member| member.backend.forget_cap(now));
+        self.state.count_finished(now);
+        self.state.look();
         self.state.turn_peak(now);
         self.state.publish_budget(&self.config.retry, now);
         for class in Class::all() {
@@ -157,7 +187,7 @@ impl Pool {
         self.compare_lists();
         self.settle(clock::now());
         self.publish_standing();
-        self.state.wake_all();
+        self.state.backend_returned();
     }
 
     pub(super) fn observe(
@@ -296,14 +326,14 @@ impl Pool {
             }
             Transition::Probation | Transition::ProbesPassed { probation: true, .. } => {
                 self.state.open_trials();
-                self.state.wake_all();
+                self.state.look();
             }
             Transition::Readmitted { .. } => {
                 backend.signs.forget_speed(clock::now());
-                self.state.wake_all();
+                self.state.backend_returned();
             }
             Transition::ProbesPassed { .. } | Transition::ProvenByTraffic | Transition::RefusalOver => {
-                self.state.wake_all();
+                self.state.backend_returned();
             }
             Transition::ProbesOutvoted { .. }
             | Transition::Refusing
@@ -318,6 +348,7 @@ impl Pool {
 
     /// Attempts that wait at a backend that was just taken out are moved; its kept connections are of no more use.
     fn rescue(&self, backend: &Backend, record: &Record, model: Option<&str>) {
+        self.state.backend_lost(backend.in_flight());
         match model {
             Some(_) => record.ejected(),
             None => {

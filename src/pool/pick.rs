@@ -1,6 +1,6 @@
 //! Choosing a backend for the next attempt: `policy::balance` over what is known now.
 //!
-//! Order: a backend on trial if there is one, an eligible one not tried yet, in panic a suspect. Nobody is an
+//! Order: a backend on trial if there is one, an eligible one not tried yet, in panic a suspect if the budget allows. Nobody is an
 //! answer too, with the reason; whether one that was tried is asked again is the exchange's to say.
 
 use std::sync::Arc;
@@ -15,6 +15,7 @@ use crate::policy::health::{Administrative, Panic, Standing};
 use crate::policy::progress::{CLASSES, Kind};
 use crate::pool::backend::{Backend, BackendId, Record};
 use crate::pool::in_flight::InFlight;
+use crate::pool::line::Line;
 use crate::pool::snapshot::{Member, Pool};
 use crate::pool::state::PoolState;
 
@@ -68,6 +69,8 @@ pub struct Wanted<'a> {
     pub only: Option<BackendId>,
     /// Whether it may be lost: then it may be a backend's trial.
     pub replayable: bool,
+    /// The retry budget has paid for this attempt already.
+    pub paid: bool,
 }
 
 /// The backend of the next attempt, counted from now on.
@@ -82,6 +85,10 @@ pub struct Choice {
     pub in_flight: InFlight,
     /// Held while it is this backend's trial: its outcome decides on the backend's return.
     pub trial: Option<Trial>,
+    /// Too few were eligible, and it was paid for from the budget.
+    pub(super) suspect: bool,
+    /// The line it was let in from, while that lets a crowd in: it hears of the first token.
+    pub let_in: Option<Arc<Line>>,
 }
 
 /// The single trial of a backend in probation. Dropping it without an outcome lets another request try.
@@ -113,12 +120,14 @@ impl Choice {
 /// Why nobody can take an attempt now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Nobody {
-    /// All that are up asked to be left alone until then, or are at their cap (`None`).
+    /// Somebody is up, and all who are have as many attempts as they take.
+    Full,
+    /// All that are up asked to be left alone.
     Busy {
         /// The earliest time one may be asked again.
-        until: Option<Moment>,
+        until: Moment,
     },
-    /// None is up.
+    /// None is up, and those that are out have all been asked lately.
     Down,
     /// All that are up were tried by this exchange.
     AllTried,
@@ -142,7 +151,7 @@ impl Pool {
         if let Some(i) = balance::pick(&self.config.balance, &view, &request, &self.state.cursor, rng) {
             return Ok(self.choose(i, wanted, now));
         }
-        self.pick_suspect(wanted, now).map_or_else(|| Err(self.nobody(wanted, now)), Ok)
+        self.pick_suspect(wanted, now).map_or_else(|| Err(self.nobody(wanted)), Ok)
     }
 
     /// A backend whose ejection is over needs one real request to come back.
@@ -172,7 +181,8 @@ impl Pool {
         None
     }
 
-    /// Too few are eligible: one that is out carries a single attempt (graded panic).
+    /// Too few are eligible: one that is out carries a single attempt (graded panic), if the budget allows it. A
+    /// pool that is down would get each request that comes otherwise, the first attempt of all of them.
     fn pick_suspect(self: &Arc<Self>, wanted: &Wanted<'_>, now: Moment) -> Option<Choice> {
         let enabled = |m: &Member| m.backend.admin() == Administrative::Enabled;
         let members = self.members.iter().filter(|m| enabled(m)).count();
@@ -194,7 +204,8 @@ impl Pool {
         // The least bad: the one that failed least lately.
         let factor = |i: usize| self.members[i].backend.whole().failure_factor(now);
         let best = open.into_iter().min_by(|&a, &b| factor(a).total_cmp(&factor(b)))?;
-        Some(self.choose(best, wanted, now))
+        let may = self.state.may_try_suspect(&self.config.retry, wanted.paid, now);
+        may.then(|| Choice { suspect: !wanted.paid, ..self.choose(best, wanted, now) })
     }
 
     fn choose(self: &Arc<Self>, index: usize, wanted: &Wanted<'_>, now: Moment) -> Choice {
@@ -211,10 +222,14 @@ impl Pool {
                 now,
             ),
             trial: None,
+            suspect: false,
+            let_in: None,
         }
     }
 
-    fn nobody(&self, wanted: &Wanted<'_>, now: Moment) -> Nobody {
+    /// Why nobody can take it now, where that is so.
+    pub fn nobody(&self, wanted: &Wanted<'_>) -> Nobody {
+        let now = clock::now();
         let mut until: Option<Moment> = None;
         let (mut tried, mut full) = (false, false);
         for (i, member) in self.members.iter().enumerate() {
@@ -228,11 +243,22 @@ impl Pool {
                 Standing::Probation | Standing::Refusing | Standing::Out { .. } => {}
             }
         }
-        match (tried, until, full) {
+        match (tried, full, until) {
             (true, ..) => Nobody::AllTried,
-            (false, None, false) => Nobody::Down,
-            (false, until, _) => Nobody::Busy { until },
+            (false, true, _) => Nobody::Full,
+            (false, false, Some(until)) => Nobody::Busy { until },
+            (false, false, None) => Nobody::Down,
         }
+    }
+
+    /// Most exchanges that may wait.
+    pub fn queue_length_max(&self, model: Option<&str>) -> usize {
+        let now = clock::now();
+        let eligible = (0..self.members.len()).filter(|&i| {
+            self.members[i].backend.admin() == Administrative::Enabled
+                && matches!(self.standing(i, model, now), Standing::Eligible { .. })
+        });
+        self.config.queue.length_max.of(eligible.map(|i| self.members[i].cap()))
     }
 
     /// When the first of those that asked to be left alone may be asked again; none while another takes work.
@@ -323,9 +349,9 @@ impl Candidates for View<'_> {
         if backend.is_doubted() && self.pool.yields_to_doubt(i, self.wanted, self.now) {
             return false;
         }
-        match member.params.in_flight_max {
+        match member.cap() {
             None => true,
-            Some(max) => f64::from(backend.in_flight()) < (f64::from(max.get()) * f64::from(share)).max(1.0),
+            Some(cap) => f64::from(backend.in_flight()) < (f64::from(cap) * f64::from(share)).max(1.0),
         }
     }
 

@@ -128,7 +128,7 @@ impl Directory {
         // Whoever waits may find a newcomer, now that it can be seen.
         self.look().pools.iter().for_each(|pool| {
             pool.compare_lists();
-            pool.state.wake_all();
+            pool.state.backend_returned();
         });
         // A prober may have nothing to do for an hour by its old parameters.
         self.look().members().for_each(|(_, member)| member.backend.nudge_prober());
@@ -311,6 +311,15 @@ fn lost_at(backend: &Arc<Backend>) -> Lost {
 }
 
 impl Member {
+    /// Most unfinished attempts at a time: what it was seen to take, within what is configured.
+    pub fn cap(&self) -> Option<u32> {
+        let configured = self.params.in_flight_max.map(std::num::NonZeroU32::get);
+        match (configured, self.backend.learned_cap()) {
+            (Some(configured), Some(learned)) => Some(configured.min(learned)),
+            (configured, learned) => configured.or(learned),
+        }
+    }
+
     /// Whether `params` configures this same replica.
     fn is_same(&self, params: &config::Backend) -> bool {
         let mine = &self.params;

@@ -9,6 +9,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, Method, Version, header, request}
 
 use crate::config::Limits;
 use crate::policy::Moment;
+use crate::policy::admission::Priority;
 use crate::policy::dialect::{Dialect, Endpoint};
 use crate::policy::retry::{Nature, Replay};
 use crate::pool::Class;
@@ -45,6 +46,8 @@ pub(super) struct Asked {
     pub(super) prompt_bytes: u64,
     /// Its body is still coming while it is sent.
     pub(super) uploads: bool,
+    /// Who goes first where requests wait, if the route says so instead of the client.
+    pub(super) priority: Option<Priority>,
     /// End of the whole exchange.
     pub(super) total: Option<Moment>,
     /// What the route says about sending it twice.

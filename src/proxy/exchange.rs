@@ -1,11 +1,14 @@
 //! One client request and its one response, over as many attempts as it takes.
 //!
-//! `run` is the loop: choose a backend, try it, judge the outcome, and relay, move on or give up. What to
-//! do is decided by `policy::retry`; here it is done. Dropping an exchange (the client has left) drops the
+//! `run` is the loop: choose a backend (`turn`, which may have to wait for one), try it, judge the outcome, and
+//! relay, move on or give up. What to do is decided by `policy::retry`; here it is done. Dropping an exchange (the client has left) drops the
 //! attempt under way and closes its connection.
 
+mod turn;
+
+pub(super) use turn::stand_by;
+
 use std::sync::Arc;
-use std::time::Duration;
 
 use http::{HeaderMap, HeaderValue, Response, StatusCode, header, response};
 use hyper::upgrade::OnUpgrade;
@@ -18,9 +21,9 @@ use crate::policy::fallback::{FallbackCause, Used};
 use crate::policy::health::Observation;
 use crate::policy::poison::{fingerprint, may_be_a_death};
 use crate::policy::retry::{
-    self, Cause, Facts, History, Next, Phase, Reason, Verdict, all_failed_alike, backoff, decide,
+    self, Cause, Facts, History, Next, Phase, Reason, Verdict, all_failed_alike, decide,
 };
-use crate::pool::{About, BackendId, Choice, Nobody, Pool, Receipt, Turn, Wanted};
+use crate::pool::{About, BackendId, Choice, Receipt, Turn};
 use crate::proxy::admit::Asked;
 use crate::proxy::attempt::{Answer, Outcome};
 use crate::proxy::headers::{X_EVERGATE_POOL, X_REQUEST_ID};
@@ -37,10 +40,7 @@ use crate::proxy::watch::Watch;
 use crate::proxy::worker::Worker;
 use crate::telemetry::events::{MisconfiguredBackend, RequestKills};
 use crate::telemetry::metrics::{AttemptOutcome, End};
-use crate::upstream::Want;
-
-/// Between two looks for a backend that takes connections again, where nobody has noticed that it does.
-const STAND_BY_LOOK: Duration = Duration::from_millis(250);
+use turn::Waits;
 
 /// What an exchange was before it fell back to another pool.
 struct Routed {
@@ -83,8 +83,7 @@ pub(super) struct Exchange {
     faults: SmallVec<[(Cause, Receipt); 2]>,
     /// Between attempts.
     pub(super) alarm: Option<Alarm>,
-    /// End of all waiting for a backend.
-    wait_until: Option<Moment>,
+    waits: Waits,
 }
 
 impl Exchange {
@@ -117,7 +116,7 @@ impl Exchange {
             turn: None,
             faults: SmallVec::new(),
             alarm: None,
-            wait_until: None,
+            waits: Waits::default(),
         })
     }
 
@@ -164,99 +163,6 @@ impl Exchange {
                 Err(refusal) if self.fall_back_from(&refusal) => {}
                 Err(refusal) => return Err(refusal),
             }
-        }
-    }
-
-    /// The backend of the next attempt: one not tried yet, else one tried before, else whoever comes in time.
-    async fn choose(&mut self) -> Result<Choice, Refusal> {
-        self.follow_reload();
-        let state = self.leg.pool.state.clone();
-        let mut room = None;
-        loop {
-            let nobody = match self.pick() {
-                Ok(choice) => return Ok(choice),
-                Err(Nobody::AllTried) => {
-                    let Some(until) = self.may_wait(Nobody::AllTried) else { return Err(self.all_failed()) };
-                    self.back_off(until).await;
-                    self.tried.clear();
-                    continue;
-                }
-                Err(nobody) => nobody,
-            };
-            let Some(until) = self.may_wait(nobody) else { return Err(refusal(nobody)) };
-            match &room {
-                // One more look from inside the room: a change between look and entry would be missed.
-                None => room = Some(state.waiting()),
-                Some(room) => {
-                    let pause = until.since(clock::now());
-                    // Either way the next look tells.
-                    let _ = tokio::time::timeout(pause, room.changed()).await;
-                    self.follow_reload();
-                }
-            }
-        }
-    }
-
-    /// Everybody was tried and there is no time for another round.
-    fn all_failed(&self) -> Refusal {
-        match self.failed {
-            Some(Facts { sent: true, cause, .. }) => Refusal::Failed { cause, enough: "all_tried" },
-            // Nobody has even seen the request.
-            Some(_) | None => Refusal::Down,
-        }
-    }
-
-    fn pick(&self) -> Result<Choice, Nobody> {
-        self.worker.with_rng(|rng| self.leg.pool.pick(&self.wanted(), rng))
-    }
-
-    pub(super) fn wanted(&self) -> Wanted<'_> {
-        Wanted {
-            tried: &self.tried,
-            class: self.asked.class,
-            model: self.leg.pool.judged_model(self.leg.model.as_deref()),
-            affinity: self.leg.affinity,
-            only: self.turn.as_ref().and_then(Turn::place),
-            prompt_bytes: self.asked.prompt_bytes,
-            replayable: self.is_replayable(),
-        }
-    }
-
-    /// Streams last for minutes: each attempt sees the pool as it is then.
-    fn follow_reload(&mut self) {
-        let snapshot = self.worker.directory.look();
-        if let Some(pool) = snapshot.pools.iter().find(|pool| Arc::ptr_eq(&pool.state, &self.leg.pool.state))
-            && !Arc::ptr_eq(pool, &self.leg.pool)
-        {
-            self.leg.pool = pool.clone();
-        }
-    }
-
-    /// Everybody was tried: a pause before the next round, within the time for waiting.
-    async fn back_off(&mut self, until: Moment) {
-        self.rounds += 1;
-        let pause = self.worker.with_rng(|rng| backoff(&self.leg.policy, self.rounds, rng));
-        tokio::time::sleep(pause.min(until.since(clock::now()))).await;
-    }
-
-    /// How long a backend may be waited for; `None` when it is enough or would be for nothing.
-    fn may_wait(&mut self, nobody: Nobody) -> Option<Moment> {
-        let now = clock::now();
-        let most = now + self.leg.policy.wait_max;
-        let end = *self.wait_until.get_or_insert(self.leg.total.map_or(most, |total| total.min(most)));
-        match nobody {
-            _ if end <= now => None,
-            // Nobody will see the request here soon, and another pool may take it at once.
-            Nobody::Down if self.fallback_for(FallbackCause::Unavailable).is_some() => None,
-            Nobody::AllTried
-                if self.failed.is_some_and(|failed| !failed.sent)
-                    && self.fallback_for(FallbackCause::Unavailable).is_some() =>
-            {
-                None
-            }
-            Nobody::Busy { until: Some(until) } if until > end => None,
-            Nobody::Busy { until: Some(until) } => Some(until.max(now + clock::ALARM_TICK).min(end)),
-            Nobody::Busy { until: None } | Nobody::Down | Nobody::AllTried => Some(end),
         }
     }
 
@@ -366,8 +272,9 @@ impl Exchange {
         let Some(fingerprint) = self.fingerprint().filter(|fingerprint| ward.holds(*fingerprint)) else {
             return Ok(());
         };
-        let turn = tokio::time::timeout(self.leg.policy.wait_max, ward.turn(fingerprint));
-        self.turn = Box::pin(turn).await.map_err(|_elapsed| Refusal::Busy(None))?;
+        let most = self.leg.policy.wait_max;
+        let turn = tokio::time::timeout(most, ward.turn(fingerprint));
+        self.turn = Box::pin(turn).await.map_err(|_elapsed| Refusal::Busy(most))?;
         if self.turn.is_some() {
             self.leg.policy.attempts_max = 1;
             self.fresh = true;
@@ -480,7 +387,7 @@ impl Exchange {
         let before = std::mem::replace(&mut self.leg, leg);
         self.routed.get_or_insert(Routed { leg: before, refusal });
         self.tried.clear();
-        (self.rounds, self.fresh, self.failed, self.wait_until) = (0, false, None, None);
+        (self.rounds, self.fresh, self.failed, self.waits) = (0, false, None, Waits::default());
     }
 
     /// As [`Self::fall_back`], after an attempt.
@@ -496,7 +403,7 @@ impl Exchange {
     /// As [`Self::fall_back`], where no backend took an attempt. False when there is nothing left to do.
     fn fall_back_from(&mut self, refusal: &Refusal) -> bool {
         let cause = match refusal {
-            Refusal::Busy(_) => FallbackCause::Busy,
+            Refusal::Busy(_) | Refusal::QueueFull(_) | Refusal::QueueTimeout(_) => FallbackCause::Busy,
             Refusal::Down | Refusal::Failed { .. } => FallbackCause::Unavailable,
             _ => return false,
         };
@@ -685,67 +592,5 @@ fn is_too_long(outcome: &Outcome) -> bool {
 fn served_by(headers: &mut HeaderMap, pool: Option<HeaderValue>) {
     if let Some(pool) = pool {
         headers.insert(X_EVERGATE_POOL, pool);
-    }
-}
-
-/// Makes sure that a connection to some backend of `pool` stands: `100 Continue` promises that the body
-/// has somewhere to go. Waits `wait` for one, as an exchange would.
-///
-/// # Errors
-/// When none can be made.
-pub(super) async fn stand_by(
-    worker: &Worker,
-    pool: &Arc<Pool>,
-    asked: &Wanted<'_>,
-    wait: Duration,
-) -> Result<(), Refusal> {
-    let until = clock::now() + wait;
-    let mut room = None;
-    let mut tried: SmallVec<[BackendId; 4]> = SmallVec::new();
-    loop {
-        let wanted = Wanted { tried: &tried, ..*asked };
-        let nobody = match worker.with_rng(|rng| pool.pick(&wanted, rng)) {
-            Ok(choice) if connects(worker, &choice).await => return Ok(()),
-            Ok(choice) => {
-                tried.push(choice.backend().id);
-                continue;
-            }
-            Err(nobody) => nobody,
-        };
-        let left = until.since(clock::now());
-        if left.is_zero() {
-            return Err(refusal(nobody));
-        }
-        match &room {
-            // One more look from inside the room: a change between look and entry would be missed.
-            None => room = Some(pool.state.waiting()),
-            Some(room) => {
-                // Either way the next look tells.
-                let _ = tokio::time::timeout(left.min(STAND_BY_LOOK), room.changed()).await;
-                tried.clear();
-            }
-        }
-    }
-}
-
-/// Whether a connection stands, or can be made.
-async fn connects(worker: &Worker, choice: &Choice) -> bool {
-    let member = choice.member();
-    match member.backend.lane(worker.index).lease(&member.target, Want::Any).await {
-        Ok(lease) => {
-            lease.give_back();
-            true
-        }
-        Err(_refused) => {
-            worker.with_rng(|rng| choice.observe(About::Backend, Observation::Fault, rng));
-            false
-        }
-    }
-}
-
-fn refusal(nobody: Nobody) -> Refusal {
-    match nobody {
-        Nobody::Busy { until } => Refusal::Busy(until.map(|until| until.since(clock::now()))),
-        Nobody::Down | Nobody::AllTried => Refusal::Down,
     }
 }

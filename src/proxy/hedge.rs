@@ -137,6 +137,10 @@ impl Exchange {
 
     /// A second attempt, if somebody can take it and the pool can afford it.
     fn begin_beside(&self, late: &Choice, body: OutBody) -> Option<Beside<'_>> {
+        // Slots are short: those who wait need them more.
+        if self.leg.pool.state.waiters() > 0 {
+            return None;
+        }
         let tried: smallvec::SmallVec<[_; 4]> =
             self.tried.iter().copied().chain([late.backend().id]).collect();
         // Never somebody's trial: what is late already must not wait for a convalescent.
@@ -145,6 +149,7 @@ impl Exchange {
         let Some(hedge) = self.leg.pool.state.may_hedge(&self.leg.policy, &self.leg.pool.config.progress)
         else {
             self.leg.pool.state.metrics.count_hedge("refused");
+            choice.nothing_sent();
             return None;
         };
         let backend = choice.backend().clone();

@@ -164,6 +164,7 @@ impl Worker {
             uploads: body.is_streamed(),
             total,
             replay,
+            priority: rule.and_then(|rule| rule.priority),
             limits: config.limits.clone(),
             headers: admit::outgoing_headers(head, endpoint, client, &ledger.id),
         };
@@ -181,6 +182,7 @@ impl Worker {
             prompt_bytes: 0,
             only: None,
             replayable: false,
+            paid: false,
         };
         if snapshot.routes.needs_model(&view(head)) {
             // Which pool it will be only the body says: a connection to any is promise enough.

@@ -51,8 +51,12 @@ pub(super) enum Refusal {
     NoRoute,
     /// No backend is up.
     Down,
-    /// All backends are busy until then, if known.
-    Busy(Option<Duration>),
+    /// All backends have asked for a pause, of which so much is left.
+    Busy(Duration),
+    /// All slots are taken, and all places of the queue; when to come back.
+    QueueFull(Duration),
+    /// It waited for a slot in vain; when to come back.
+    QueueTimeout(Duration),
     /// The attempts failed; this is how the last one did.
     Failed {
         /// The last failure.
@@ -81,6 +85,8 @@ impl Refusal {
             Self::Down => "no_backend_available",
             Self::Busy(_) => "backends_busy",
             Self::Kills => "request_kills_backends",
+            Self::QueueFull(_) => "queue_full",
+            Self::QueueTimeout(_) => "queue_timeout",
             Self::Failed { cause, .. } | Self::Lost(cause) if is_timeout(*cause) => "backend_timeout",
             Self::Failed { .. } => "backend_failed",
             Self::Lost(_) => "replica_lost",
@@ -96,7 +102,9 @@ impl Refusal {
             Self::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::UploadTimeout => StatusCode::REQUEST_TIMEOUT,
             Self::UnknownModel { .. } | Self::NoRoute => StatusCode::NOT_FOUND,
-            Self::Memory | Self::Down | Self::Busy(_) => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Memory | Self::Down | Self::Busy(_) | Self::QueueFull(_) | Self::QueueTimeout(_) => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
             Self::Failed { cause, .. } | Self::Lost(cause) if is_timeout(*cause) => {
                 StatusCode::GATEWAY_TIMEOUT
             }
@@ -107,7 +115,18 @@ impl Refusal {
     fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::Memory | Self::Down => Some(RETRY_AFTER),
-            Self::Busy(until) => Some(until.unwrap_or(RETRY_AFTER)),
+            Self::Busy(after) | Self::QueueFull(after) | Self::QueueTimeout(after) => Some(*after),
+            _ => None,
+        }
+    }
+
+    /// Why there was no backend for it, for metrics; none where that was not the reason.
+    pub(super) fn queue_reason(&self) -> Option<&'static str> {
+        match self {
+            Self::Down => Some("down"),
+            Self::Busy(_) => Some("busy"),
+            Self::QueueFull(_) => Some("full"),
+            Self::QueueTimeout(_) => Some("timeout"),
             _ => None,
         }
     }
@@ -139,6 +158,8 @@ impl Refusal {
             Self::NoRoute => "no pool takes this request".into(),
             Self::Down => "no backend is available; try again shortly".into(),
             Self::Busy(_) => "all backends are busy; try again shortly".into(),
+            Self::QueueFull(_) => "too many requests are waiting for a backend; try again later".into(),
+            Self::QueueTimeout(_) => "no backend had room for this request in time; try again later".into(),
             Self::Failed { cause, enough } => format!(
                 "the backends failed this request ({attempts} attempts, last: {}; {enough})",
                 cause.name()

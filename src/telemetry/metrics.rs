@@ -18,6 +18,7 @@ use prometheus::proto::{MetricFamily, MetricType};
 use prometheus::{Gauge, Histogram, HistogramOpts, IntCounter, IntGauge, Opts, Registry, TextEncoder};
 
 use super::events::Quiet;
+use crate::policy::admission::Priority;
 use crate::policy::health::ProbeVerdict;
 use crate::policy::load::Reported;
 
@@ -274,6 +275,9 @@ struct PoolFamilies {
     eligible: Family<IntGauge>,
     panic_mode: Family<IntGauge>,
     waiting: Family<IntGauge>,
+    queue: Family<IntGauge>,
+    queue_wait: Family<Histogram>,
+    queue_refused: Family<IntCounter>,
     retries: Family<IntCounter>,
     budget_left: Family<Gauge>,
     budget_empty: Family<IntCounter>,
@@ -287,6 +291,7 @@ struct BackendFamilies {
     attempts: Family<IntCounter>,
     reasons: Family<IntCounter>,
     in_flight: Family<IntGauge>,
+    cap: Family<IntGauge>,
     first_byte: Family<Histogram>,
     first_token: Family<Histogram>,
     duration: Family<Histogram>,
@@ -397,6 +402,24 @@ impl Metrics {
                     "Exchanges waiting for a backend to become available.",
                     &["pool"],
                 ),
+                queue: gauges(
+                    &r,
+                    "queue_length",
+                    "Exchanges waiting for a backend, by priority.",
+                    &["pool", "priority"],
+                ),
+                queue_wait: histograms(
+                    &r,
+                    "queue_wait_seconds",
+                    "Time waited for a backend, by those who had to wait.",
+                    &["pool"],
+                ),
+                queue_refused: counters(
+                    &r,
+                    "queue_refused_total",
+                    "Exchanges that got no backend, by why not.",
+                    &["pool", "reason"],
+                ),
                 retries: counters(
                     &r,
                     "retries_total",
@@ -448,6 +471,12 @@ impl Metrics {
                     &["pool", "backend", "reason"],
                 ),
                 in_flight: gauges(&r, "attempts_in_flight", "Unfinished attempts.", pool_backend),
+                cap: gauges(
+                    &r,
+                    "attempts_in_flight_learned_max",
+                    "Most unfinished attempts the backend was seen to take; 0 while nothing is known.",
+                    pool_backend,
+                ),
                 first_byte: histograms(
                     &r,
                     "first_byte_seconds",
@@ -620,6 +649,8 @@ impl Metrics {
             eligible: families.eligible.get(&[pool]),
             panic_mode: families.panic_mode.get(&[pool]),
             waiting: families.waiting.get(&[pool]),
+            queue: Priority::ALL.map(|priority| families.queue.get(&[pool, priority.name()])),
+            queue_wait: families.queue_wait.get(&[pool]),
             budget_left: families.budget_left.get(&[pool]),
             budget_empty: families.budget_empty.get(&[pool]),
             pool: pool.to_owned(),
@@ -636,6 +667,7 @@ impl Metrics {
             attempts: AttemptOutcome::ALL
                 .map(|outcome| families.attempts.get(&[pool, backend, outcome.name()])),
             in_flight: families.in_flight.get(labels),
+            cap: families.cap.get(labels),
             first_byte: families.first_byte.get(labels),
             first_token: families.first_token.get(labels),
             duration: families.duration.get(labels),
@@ -825,6 +857,10 @@ pub struct PoolMetrics {
     pub panic_mode: IntGauge,
     /// Exchanges waiting for a backend.
     pub waiting: IntGauge,
+    /// The same by priority, in the order of `Priority::ALL`.
+    pub queue: [IntGauge; Priority::ALL.len()],
+    /// How long they waited, in seconds.
+    pub queue_wait: Histogram,
     /// Retries the budget would grant now.
     pub budget_left: Gauge,
     /// Retries it did not grant.
@@ -838,6 +874,11 @@ impl PoolMetrics {
     /// The pool's name.
     pub fn pool(&self) -> &str {
         &self.pool
+    }
+
+    /// Counts an exchange that got no backend: `full`, `timeout`, `busy`, `down`.
+    pub fn count_queue_refusal(&self, reason: &'static str) {
+        self.families.pool.queue_refused.get(&[&self.pool, reason]).inc();
     }
 
     /// Counts an attempt after the first by the cause of the one before it.
@@ -867,6 +908,8 @@ pub struct BackendMetrics {
     attempts: [IntCounter; AttemptOutcome::ALL.len()],
     /// Unfinished attempts.
     pub in_flight: IntGauge,
+    /// Most of them, as its refusals have taught; 0 for nothing.
+    pub cap: IntGauge,
     first_byte: Histogram,
     first_token: Histogram,
     duration: Histogram,
@@ -1041,6 +1084,7 @@ impl BackendFamilies {
             attempts,
             reasons,
             in_flight,
+            cap,
             first_byte,
             first_token,
             duration,
@@ -1075,7 +1119,7 @@ impl BackendFamilies {
         ] {
             family.retain(keep);
         }
-        for family in [in_flight, connections_open, healthy, eligible, model_eligible] {
+        for family in [in_flight, cap, connections_open, healthy, eligible, model_eligible] {
             family.retain(keep);
         }
         for family in [reported_running, reported_waiting, foreign_requests] {
@@ -1095,6 +1139,9 @@ impl PoolFamilies {
             eligible,
             panic_mode,
             waiting,
+            queue,
+            queue_wait,
+            queue_refused,
             retries,
             budget_left,
             budget_empty,
@@ -1102,12 +1149,13 @@ impl PoolFamilies {
             resumes,
             fallbacks,
         } = self;
-        for family in [retries, budget_empty, hedges, resumes, fallbacks] {
+        for family in [queue_refused, retries, budget_empty, hedges, resumes, fallbacks] {
             family.retain(keep);
         }
-        for family in [backends, eligible, panic_mode, waiting] {
+        for family in [backends, eligible, panic_mode, waiting, queue] {
             family.retain(keep);
         }
+        queue_wait.retain(keep);
         budget_left.retain(keep);
     }
 }

@@ -270,6 +270,7 @@ async fn an_ejection_calls_for_a_probe_before_the_interval_is_over() {
             affinity: None,
             prompt_bytes: 0,
             only: None,
+            paid: false,
             replayable: true,
         };
         let choice = pool.pick(&wanted, &mut rng).unwrap_or_else(|nobody| panic!("{nobody:?}"));
@@ -672,6 +673,7 @@ async fn no_token_is_asked_for_while_real_requests_get_theirs() {
     let mut rng = fastrand::Rng::with_seed(1);
     let mut serve = || {
         let wanted = Wanted {
+            paid: false,
             tried: &[],
             only: None,
             class: Class::of(Endpoint::ChatCompletions, true),
@@ -802,6 +804,7 @@ async fn a_lost_connection_makes_a_backend_say_who_it_is_while_a_peer_works() {
     let mut rng = fastrand::Rng::with_seed(1);
     let mut pick = |tried: &[evergate::pool::BackendId]| {
         let wanted = Wanted {
+            paid: false,
             only: None,
             tried,
             class: Class::of(Endpoint::ChatCompletions, true),
