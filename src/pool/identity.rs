@@ -204,7 +204,7 @@ impl Pool {
     /// that are: then they are names of another kind.
     fn wrong_models(&self, listed: &[String]) -> Option<WrongModels> {
         let expected = expected(&self.config.models, &self.config.aliases);
-        let Some(first) = expected.first() else { return None };
+        let first = expected.first()?;
         // Never 0, which stands for none.
         let names = expected.iter().fold(stable_hash(first.as_bytes()), |hash, name| {
             hash.rotate_left(1) ^ stable_hash(name.as_bytes())
