@@ -467,6 +467,10 @@ impl Health {
 
     /// What may be sent to it now.
     pub fn standing(&self, policy: &HealthPolicy, now: Moment) -> Standing {
+        // First of all: a suspect may be asked in panic, who asked to be left alone may not.
+        if self.busy.until() > now {
+            return Standing::Busy { until: self.busy.until() };
+        }
         if let Phase::Ejected { until } = self.phase {
             return Standing::Out { until: Some(until) };
         }
@@ -475,9 +479,6 @@ impl Health {
         }
         if self.refuses() {
             return Standing::Refusing;
-        }
-        if self.busy.until() > now {
-            return Standing::Busy { until: self.busy.until() };
         }
         if matches!(self.phase, Phase::Probation { .. }) {
             return Standing::Probation;

@@ -632,6 +632,25 @@ fn retry_after_is_a_floor_whatever_else_happens() {
 }
 
 #[test]
+fn who_asked_to_be_left_alone_is_not_asked_in_panic_either() {
+    let until = |bench: &Bench| Some(bench.now + Duration::from_secs(30));
+    let mut unhealthy = Bench::healthy();
+    unhealthy.peers = ALONE;
+    unhealthy.probe_times(ProbeVerdict::Fail, 3);
+    let mut refusing = Bench::healthy();
+    refusing.probe(ProbeVerdict::Refusing);
+    for mut bench in [unhealthy, refusing, Bench::ejected()] {
+        let admits = |bench: &Bench| Panic::Graded.admits(bench.standing(), Administrative::Enabled, 0);
+        assert!(admits(&bench));
+        bench.observe(Observation::Busy { until: until(&bench) });
+        assert!(!admits(&bench), "{:?}", bench.standing());
+        assert!(matches!(bench.standing(), Standing::Busy { .. }));
+        bench.pass(30.0);
+        assert!(bench.out() || bench.standing() == Standing::Refusing);
+    }
+}
+
+#[test]
 fn busy_without_a_time_pauses_briefly_longer_each_time_until_a_success() {
     let mut bench = Bench::healthy();
     let pause = |bench: &mut Bench| {
