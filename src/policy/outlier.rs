@@ -62,8 +62,10 @@ pub struct OutlierPolicy {
     pub memory: Duration,
     /// Most that slowness multiplies load by. Default 10, 1 or more: a tenth of the work is enough to see it recover.
     pub factor_max: f64,
-    /// How long slowness must last, with samples to its very end, before the backend is ejected. Default 30 s, more than
-    /// zero: longer than one long prefill, shorter than the health that takes an ejection's doubling back.
+    /// How long slowness must last, and go on for `samples_min` more samples, before the backend is ejected. Default 30 s,
+    /// more than zero: longer than one long prefill, shorter than the health that takes an ejection's doubling back.
+    /// Samples older than this do not count beside `samples_min` newer ones: what was true before the last few
+    /// requests says little.
     pub persistent: Duration,
 }
 
@@ -141,16 +143,17 @@ pub struct Speed {
     forgotten: Moment,
     /// The latest sample.
     latest: Moment,
-    /// Samples ever; wraps.
-    samples: u32,
     slow: Option<Slow>,
 }
 
+/// What [`judge`](Speed::judge) was told last.
 #[derive(Clone, Copy, Debug)]
 struct Slow {
-    ratio: f64,
-    /// Since when it has been slow enough to be ejected, and the samples there were then.
-    enough: Option<(Moment, u32)>,
+    told: Slowness,
+    /// Since when it has been slow enough to be ejected.
+    enough_since: Option<Moment>,
+    /// The samples of that measure there were when that had lasted long enough.
+    lasting_from: Option<u32>,
 }
 
 impl Speed {
@@ -164,7 +167,6 @@ impl Speed {
             Measure::TokenGap => self.token_gap.record(now, sample),
         }
         self.latest = self.latest.max(now);
-        self.samples = self.samples.wrapping_add(1);
     }
 
     /// Forgets everything, and what began before `now` for ever. To be called when the backend is ejected and when it
@@ -183,15 +185,21 @@ impl Speed {
 
     /// Takes in how slow it is at this moment, by [`slowness`]. Returns the ratio when it has been too slow for too long
     /// and is to be ejected; again each time it is called while that holds. Call it a few times a second.
-    pub fn judge(&mut self, policy: &OutlierPolicy, now: Moment, slowness: Option<f64>) -> Option<f64> {
-        let before = self.slow.and_then(|slow| slow.enough);
-        self.slow = slowness.map(|ratio| Slow {
-            ratio,
-            enough: (ratio >= policy.eject_ratio_min).then(|| before.unwrap_or((now, self.samples))),
-        });
-        let Slow { ratio, enough: Some((since, samples)) } = self.slow? else { return None };
-        let news = self.samples.wrapping_sub(samples);
-        (news >= policy.samples_min && self.latest >= since + policy.persistent).then_some(ratio)
+    pub fn judge(&mut self, policy: &OutlierPolicy, now: Moment, slowness: Option<Slowness>) -> Option<f64> {
+        let before = self.slow.take();
+        let told = slowness?;
+        // The other measure's evidence is not this one's.
+        let before = before.filter(|before| before.told.measure == told.measure);
+        let samples = match told.measure {
+            Measure::FirstToken => self.first_token.samples,
+            Measure::TokenGap => self.token_gap.samples,
+        };
+        let enough = told.ratio >= policy.eject_ratio_min;
+        let enough_since = enough.then(|| before.and_then(|slow| slow.enough_since).unwrap_or(now));
+        let lasts = enough_since.is_some_and(|since| now.since(since) >= policy.persistent);
+        let lasting_from = lasts.then(|| before.and_then(|slow| slow.lasting_from).unwrap_or(samples));
+        self.slow = Some(Slow { told, enough_since, lasting_from });
+        (samples.wrapping_sub(lasting_from?) >= policy.samples_min).then_some(told.ratio)
     }
 
     /// What to multiply its load by: 1 for a backend that is not slow, `factor_max` at most. By what
@@ -199,7 +207,7 @@ impl Speed {
     pub fn load_factor(&self, policy: &OutlierPolicy, now: Moment) -> f64 {
         let Some(slow) = self.slow else { return 1.0 };
         let unheard = now.since(self.latest).as_secs_f64() / BELIEF_HALF_LIFE.as_secs_f64();
-        1.0 + (slow.ratio.min(policy.factor_max) - 1.0) * (-unheard).exp2()
+        1.0 + (slow.told.ratio.min(policy.factor_max) - 1.0) * (-unheard).exp2()
     }
 }
 
@@ -221,22 +229,29 @@ struct Summary {
     samples: f64,
 }
 
-/// How many times slower than its peers a backend is, if that is clear: of the two measures the worse. None without
-/// samples of its own, or without a peer that has some.
+/// How slow a backend is.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Slowness {
+    /// The measure by which it is slowest.
+    pub measure: Measure,
+    /// So many times the median of its peers, at least [`ratio_min`](OutlierPolicy::ratio_min).
+    pub ratio: f64,
+}
+
+/// How much slower than its peers a backend is, if that is clear. None without samples of its own, or without a peer
+/// that has some.
 pub fn slowness<'a>(
     policy: &OutlierPolicy,
     own: &Reading,
     peers: impl Iterator<Item = &'a Reading> + Clone,
-) -> Option<f64> {
-    let first_token = own.first_token.and_then(|own| {
-        let peers = peers.clone().filter_map(|peer| peer.first_token);
-        compare(policy, policy.first_token_floor, &own, peers)
-    });
-    let token_gap = own.token_gap.and_then(|own| {
-        let peers = peers.clone().filter_map(|peer| peer.token_gap);
-        compare(policy, policy.token_gap_floor, &own, peers)
-    });
-    [first_token, token_gap].into_iter().flatten().max_by(f64::total_cmp)
+) -> Option<Slowness> {
+    let by = |measure, of: fn(&Reading) -> Option<Summary>, floor| {
+        let ratio = compare(policy, floor, &of(own)?, peers.clone().filter_map(of))?;
+        Some(Slowness { measure, ratio })
+    };
+    let first_token = by(Measure::FirstToken, |reading| reading.first_token, policy.first_token_floor);
+    let token_gap = by(Measure::TokenGap, |reading| reading.token_gap, policy.token_gap_floor);
+    [first_token, token_gap].into_iter().flatten().max_by(|a, b| a.ratio.total_cmp(&b.ratio))
 }
 
 fn compare(
@@ -269,6 +284,8 @@ struct Window {
     ring: [Kept; SAMPLES_MAX],
     next: usize,
     len: usize,
+    /// Ever; wraps.
+    samples: u32,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -288,22 +305,32 @@ impl Window {
         self.ring[self.next] = Kept { at: now, score, excess: (measured - usual) as f32 };
         self.next = (self.next + 1) % SAMPLES_MAX;
         self.len = (self.len + 1).min(SAMPLES_MAX);
+        self.samples = self.samples.wrapping_add(1);
     }
 
     fn summary(&self, policy: &OutlierPolicy, now: Moment) -> Option<Summary> {
-        let young = || self.ring[..self.len].iter().filter(|kept| now.since(kept.at) <= policy.memory);
-        let samples = young().count();
-        if samples < policy.samples_min as usize {
+        // Newest first.
+        let kept = (1..=self.len).map(|back| &self.ring[(self.next + SAMPLES_MAX - back) % SAMPLES_MAX]);
+        let least = policy.samples_min as usize;
+        let kept: SmallVec<[&Kept; SAMPLES_MAX]> = kept
+            .enumerate()
+            .take_while(|(n, kept)| {
+                now.since(kept.at)
+                    <= if *n < least { policy.memory } else { policy.persistent.min(policy.memory) }
+            })
+            .map(|(_, kept)| kept)
+            .collect();
+        if kept.len() < least {
             return None;
         }
-        let mut scores: Values = young().map(|kept| f64::from(kept.score)).collect();
+        let mut scores: Values = kept.iter().map(|kept| f64::from(kept.score)).collect();
         let middle = median(&mut scores)?;
         let mut distances: Values = scores.iter().map(|score| (score - middle).abs()).collect();
         Some(Summary {
             median: middle,
             mad: median(&mut distances)?,
-            excess: median(&mut young().map(|kept| f64::from(kept.excess)).collect())?,
-            samples: samples as f64,
+            excess: median(&mut kept.iter().map(|kept| f64::from(kept.excess)).collect())?,
+            samples: kept.len() as f64,
         })
     }
 }
@@ -320,7 +347,9 @@ fn median(values: &mut Values) -> Option<f64> {
 
 #[cfg(test)]
 mod tests {
-    use super::{BELIEF_HALF_LIFE, Measure, OutlierPolicy, Reading, SAMPLES_MAX, Sample, Speed, slowness};
+    use super::{
+        BELIEF_HALF_LIFE, Measure, OutlierPolicy, Reading, SAMPLES_MAX, Sample, Slowness, Speed, slowness,
+    };
     use crate::policy::Moment;
     use proptest::prelude::{any, prop, prop_assert, prop_assert_eq, proptest};
     use std::time::Duration;
@@ -359,14 +388,18 @@ mod tests {
             self.speeds.iter().map(|speed| speed.reading(&self.policy, self.now)).collect()
         }
 
-        fn slowness(&self, i: usize) -> Option<f64> {
+        fn slowest(&self, i: usize) -> Option<Slowness> {
             let readings = self.readings();
             let peers = readings.iter().enumerate().filter(|(j, _)| *j != i).map(|(_, reading)| reading);
             slowness(&self.policy, &readings[i], peers)
         }
 
+        fn slowness(&self, i: usize) -> Option<f64> {
+            self.slowest(i).map(|slowness| slowness.ratio)
+        }
+
         fn judge(&mut self, i: usize) -> Option<f64> {
-            let slowness = self.slowness(i);
+            let slowness = self.slowest(i);
             self.speeds[i].judge(&self.policy, self.now, slowness)
         }
 
@@ -563,11 +596,11 @@ mod tests {
 
     #[test]
     fn lasting_slowness_ejects_after_thirty_seconds_and_three_more_samples() {
-        assert_eq!(ejected_after(10.0, 1.0, 100.0), Some(30.0));
-        assert_eq!(ejected_after(10.0, 20.0, 100.0), Some(60.0));
-        assert_eq!(ejected_after(10.0, 60.0, 300.0), Some(180.0));
+        assert_eq!(ejected_after(10.0, 1.0, 100.0), Some(33.0));
+        assert_eq!(ejected_after(10.0, 20.0, 200.0), Some(100.0));
+        assert_eq!(ejected_after(10.0, 60.0, 300.0), Some(240.0));
         assert_eq!(ejected_after(4.9, 1.0, 300.0), None, "slow, but of use");
-        assert_eq!(ejected_after(5.1, 1.0, 300.0), Some(30.0));
+        assert_eq!(ejected_after(5.1, 1.0, 300.0), Some(33.0));
     }
 
     #[test]
@@ -579,10 +612,51 @@ mod tests {
             fleet.pass(9.0);
             assert_eq!(fleet.judge(0), None);
         }
+        (0..2).for_each(|_| fleet.record(0, 10.0));
+        assert_eq!(fleet.judge(0), None);
         fleet.record(0, 10.0);
-        fleet.record(1, 1.0);
-        assert!(near(fleet.judge(0), 10.0), "still slow, ten minutes later");
+        assert!(near(fleet.judge(0), 10.0), "still slow, nine minutes later");
         assert!(near(fleet.judge(0), 10.0), "and as long as it is not ejected");
+    }
+
+    #[test]
+    fn who_was_slow_long_ago_and_is_fast_now_is_not_ejected() {
+        let mut fleet = Fleet::measuring(&[&[10.0; 9], &[1.0; 9]]);
+        for _ in 0..3 {
+            assert_eq!(fleet.judge(0), None);
+            fleet.pass(60.0);
+            fleet.record(0, 1.0);
+            fleet.record(1, 1.0);
+        }
+        assert_eq!(fleet.judge(0), None);
+        assert!((fleet.factor(0) - 1.0).abs() < 1e-9, "three new samples are worth more than six old ones");
+    }
+
+    #[test]
+    fn old_samples_count_while_there_are_too_few_new_ones() {
+        let mut fleet = Fleet::measuring(&[&[10.0; 9], &[1.0; 9]]);
+        fleet.pass(29.0);
+        (0..3).for_each(|_| fleet.record(0, 1.0));
+        assert!(fleet.slowness(0).is_some(), "six of nine within half a minute");
+        fleet.pass(1.1);
+        assert_eq!(fleet.slowness(0), None, "only the new ones");
+    }
+
+    #[test]
+    fn news_of_the_other_measure_do_not_eject() {
+        let mut fleet = Fleet::measuring(&[&[10.0; 9], &[1.0; 9]]);
+        for _ in 0..100 {
+            fleet.pass(1.0);
+            fleet.record_as(0, Measure::TokenGap, 1.0, 1.0);
+            fleet.record_as(1, Measure::TokenGap, 1.0, 1.0);
+            assert_eq!(fleet.judge(0), None);
+        }
+        for n in 0..30 {
+            fleet.pass(1.0);
+            fleet.record_as(0, Measure::TokenGap, 20.0, 1.0);
+            fleet.record_as(1, Measure::TokenGap, 1.0, 1.0);
+            assert_eq!(fleet.judge(0), None, "{n} s slow by another measure");
+        }
     }
 
     #[test]
@@ -598,7 +672,8 @@ mod tests {
         (0..5).for_each(|_| fleet.record(0, 10.0));
         assert_eq!(fleet.judge(0), None);
         fleet.pass(0.1);
-        fleet.record(0, 10.0);
+        assert_eq!(fleet.judge(0), None);
+        (0..3).for_each(|_| fleet.record(0, 10.0));
         assert!(fleet.judge(0).is_some());
     }
 
