@@ -199,7 +199,9 @@ impl Speed {
         let lasts = enough_since.is_some_and(|since| now.since(since) >= policy.persistent);
         let lasting_from = lasts.then(|| before.and_then(|slow| slow.lasting_from).unwrap_or(samples));
         self.slow = Some(Slow { told, enough_since, lasting_from });
-        (samples.wrapping_sub(lasting_from?) >= policy.samples_min).then_some(told.ratio)
+        // Slow to the very last: who gets little traffic may have recovered long ago, and this is the first to show it.
+        let news = samples.wrapping_sub(lasting_from?) >= policy.samples_min;
+        (news && told.newest >= policy.ratio_min).then_some(told.ratio)
     }
 
     /// What to multiply its load by: 1 for a backend that is not slow, `factor_max` at most. By what
@@ -226,6 +228,8 @@ struct Summary {
     mad: f64,
     /// Median of measured - usual. Seconds.
     excess: f64,
+    /// The logarithm of the newest.
+    newest: f64,
     samples: f64,
 }
 
@@ -236,6 +240,8 @@ pub struct Slowness {
     pub measure: Measure,
     /// So many times the median of its peers, at least [`ratio_min`](OutlierPolicy::ratio_min).
     pub ratio: f64,
+    /// The same for its newest sample alone, which may be anything.
+    pub newest: f64,
 }
 
 /// How much slower than its peers a backend is, if that is clear. None without samples of its own, or without a peer
@@ -246,8 +252,7 @@ pub fn slowness<'a>(
     peers: impl Iterator<Item = &'a Reading> + Clone,
 ) -> Option<Slowness> {
     let by = |measure, of: fn(&Reading) -> Option<Summary>, floor| {
-        let ratio = compare(policy, floor, &of(own)?, peers.clone().filter_map(of))?;
-        Some(Slowness { measure, ratio })
+        compare(policy, measure, floor, &of(own)?, peers.clone().filter_map(of))
     };
     let first_token = by(Measure::FirstToken, |reading| reading.first_token, policy.first_token_floor);
     let token_gap = by(Measure::TokenGap, |reading| reading.token_gap, policy.token_gap_floor);
@@ -256,10 +261,11 @@ pub fn slowness<'a>(
 
 fn compare(
     policy: &OutlierPolicy,
+    measure: Measure,
     floor: Duration,
     own: &Summary,
     peers: impl Iterator<Item = Summary>,
-) -> Option<f64> {
+) -> Option<Slowness> {
     let peers: SmallVec<[Summary; PEERS_INLINE]> = peers.collect();
     let of = |value: fn(&Summary) -> f64| peers.iter().map(value).collect::<Values>();
     let usual = median(&mut of(|peer| peer.median))?;
@@ -275,7 +281,12 @@ fn compare(
     let within = MAD_TO_DEVIATION * MEDIAN_TO_MEAN_ERROR * median(&mut of(|peer| peer.mad))?;
     let samples: f64 = peers.iter().map(|peer| peer.samples).sum();
     let error = within * (1.0 / own.samples + 1.0 / samples).sqrt();
-    (own.median - usual >= policy.deviations_min * between.hypot(error)).then_some(ratio)
+    let newest = (own.newest - usual).exp();
+    (own.median - usual >= policy.deviations_min * between.hypot(error)).then_some(Slowness {
+        measure,
+        ratio,
+        newest,
+    })
 }
 
 /// The last samples of one measure.
@@ -323,6 +334,7 @@ impl Window {
         if kept.len() < least {
             return None;
         }
+        let newest = f64::from(kept.first()?.score);
         let mut scores: Values = kept.iter().map(|kept| f64::from(kept.score)).collect();
         let middle = median(&mut scores)?;
         let mut distances: Values = scores.iter().map(|score| (score - middle).abs()).collect();
@@ -330,6 +342,7 @@ impl Window {
             median: middle,
             mad: median(&mut distances)?,
             excess: median(&mut kept.iter().map(|kept| f64::from(kept.excess)).collect())?,
+            newest,
             samples: kept.len() as f64,
         })
     }
@@ -630,6 +643,21 @@ mod tests {
         }
         assert_eq!(fleet.judge(0), None);
         assert!((fleet.factor(0) - 1.0).abs() < 1e-9, "three new samples are worth more than six old ones");
+    }
+
+    #[test]
+    fn the_first_fast_sample_after_a_slow_time_does_not_eject() {
+        let mut fleet = Fleet::measuring(&[&[10.0; 9], &[1.0; 9]]);
+        fleet.judge(0);
+        fleet.pass(30.0);
+        fleet.judge(0);
+        (0..2).for_each(|_| fleet.record(0, 10.0));
+        fleet.pass(60.0);
+        fleet.record(0, 1.0);
+        assert!(fleet.slowness(0).is_some());
+        assert_eq!(fleet.judge(0), None);
+        fleet.record(0, 10.0);
+        assert!(fleet.judge(0).is_some());
     }
 
     #[test]
