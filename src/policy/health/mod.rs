@@ -33,6 +33,7 @@ pub use parameters::HealthPolicy;
 pub use transition::{EjectReason, KeptBecause, Transition};
 
 use super::Moment;
+use super::progress::Proof;
 use ejection::Doubling;
 use probing::{Change, Probing, Verdict};
 use std::time::Duration;
@@ -48,6 +49,9 @@ const TRIAL_LOST: Duration = Duration::from_secs(600);
 /// Below this success rate a backend is no witness against a request: of two that fail a tenth each by chance,
 /// one request in a hundred would be called at fault.
 const WITNESS_SUCCESS_RATE: f64 = 0.9;
+
+/// Late attempts in a row, each overtaken by a peer, of which the last is a fault.
+const SILENT_MIN: u32 = 2;
 
 /// A kept backend is reported again after so long.
 const KEPT_AGAIN: Duration = Duration::from_secs(60);
@@ -69,6 +73,8 @@ pub enum Observation {
     },
     /// It refuses our credentials, or does not know the model its peers serve.
     Misconfigured,
+    /// An attempt was late, and one that was begun beside it at a peer spoke first.
+    Silent,
     /// Nothing to learn.
     Neutral,
 }
@@ -198,6 +204,8 @@ pub struct Health {
     served_in_a_row: u32,
     /// What `served` was before the latest fault, which may yet be forgiven.
     served_before: Option<Moment>,
+    /// Late attempts that a peer overtook, since the last first token.
+    silent_in_a_row: u32,
     busy: Busy,
     kept_at: Option<Moment>,
     /// Copied from the policy and the peers at each call that has them, for those that have not.
@@ -267,6 +275,7 @@ impl Health {
             served: None,
             served_in_a_row: 0,
             served_before: None,
+            silent_in_a_row: 0,
             busy: Busy::default(),
             kept_at: None,
             known: Known {
@@ -312,6 +321,14 @@ impl Health {
                 self.is_busy(policy, now, until, rng)
             }
             Observation::Misconfigured => self.remove(policy, now, EjectReason::Misconfigured, peers, rng),
+            // One may be an accident of its own; a trial must do better.
+            Observation::Silent => {
+                self.silent_in_a_row = self.silent_in_a_row.saturating_add(1);
+                if !self.on_trial() && self.silent_in_a_row < SILENT_MIN {
+                    return None;
+                }
+                self.observe(policy, now, Observation::Fault, peers, rng)
+            }
             Observation::Neutral => {
                 self.abandon_trial();
                 None
@@ -404,17 +421,17 @@ impl Health {
         [phase, busy].into_iter().flatten().min()
     }
 
-    /// Ejects at once a backend that the caller has verified to be stuck, under the same rule about the
-    /// last one.
+    /// Ejects at once a backend that is proven to be stuck, under the same rule about the last one.
     pub fn eject_stuck(
         &mut self,
         policy: &HealthPolicy,
         now: Moment,
+        proof: Proof,
         peers: &Peers,
         rng: &mut fastrand::Rng,
     ) -> Option<Transition> {
         self.remember(policy, peers);
-        self.remove(policy, now, EjectReason::Stuck, peers, rng)
+        self.remove(policy, now, EjectReason::Stuck(proof), peers, rng)
     }
 
     /// Ejects a backend that has been `ratio` times slower than its peers for long enough, under the rules of the
@@ -596,6 +613,7 @@ impl Health {
         fresh: bool,
     ) -> Option<Transition> {
         self.served = Some(now);
+        self.silent_in_a_row = 0;
         self.served_in_a_row = self.served_in_a_row.saturating_add(1);
         match (self.phase, self.probing.verdict) {
             (Phase::Serving, Verdict::Unknown) if self.known.probes => {
@@ -692,7 +710,7 @@ impl Health {
             }
             EjectReason::ConsecutiveFaults(_)
             | EjectReason::SuccessRate { .. }
-            | EjectReason::Stuck
+            | EjectReason::Stuck(_)
             | EjectReason::Slow { .. } => self.doubling.next(policy, rng),
         };
         let until = self.leave(now, lasts);
@@ -794,6 +812,7 @@ impl Health {
         self.phase = Phase::Serving;
         self.window.clear();
         self.faults_in_a_row = 0;
+        self.silent_in_a_row = 0;
         self.kept_at = None;
         self.healthy_since = now;
         self.ramp_from = Some(now);

@@ -6,6 +6,7 @@ use super::{
 };
 use crate::policy::Moment;
 use crate::policy::health::{Administrative, may_receive};
+use crate::policy::progress::Proof;
 use proptest::prelude::{
     Just, ProptestConfig, Strategy, any, prop, prop_assert, prop_assert_eq, prop_oneof, proptest,
 };
@@ -428,7 +429,7 @@ fn the_last_eligible_is_kept_and_goes_when_another_returns() {
     assert!(matches!(kept, Some(Transition::Kept { because: KeptBecause::LastEligible, .. })), "{kept:?}");
     assert_eq!(bench.observe_times(Observation::Fault, 50), None, "told once");
     assert_eq!(
-        bench.health.eject_stuck(&bench.policy, bench.now, &bench.peers, &mut bench.rng),
+        bench.health.eject_stuck(&bench.policy, bench.now, Proof::Outrun, &bench.peers, &mut bench.rng),
         None,
         "nor for being stuck"
     );
@@ -455,8 +456,9 @@ fn a_misconfigured_backend_is_out_for_long_and_each_failed_trial_repeats_it() {
 #[test]
 fn a_stuck_backend_is_ejected_without_a_fault() {
     let mut bench = Bench::healthy();
-    let ejected = bench.health.eject_stuck(&bench.policy, bench.now, &bench.peers, &mut bench.rng);
-    assert!(matches!(ejected, Some(Transition::Ejected { reason: EjectReason::Stuck, .. })));
+    let ejected =
+        bench.health.eject_stuck(&bench.policy, bench.now, Proof::Outrun, &bench.peers, &mut bench.rng);
+    assert!(matches!(ejected, Some(Transition::Ejected { reason: EjectReason::Stuck(Proof::Outrun), .. })));
     assert!(bench.out());
 }
 
@@ -806,7 +808,7 @@ impl Pool {
                 health.abandon_trial();
                 None
             }
-            Happening::Stuck => health.eject_stuck(policy, now, &peers, rng),
+            Happening::Stuck => health.eject_stuck(policy, now, Proof::Unanswered, &peers, rng),
             Happening::Slow => health.eject_slow(policy, now, 6.0, &peers, rng),
             Happening::Pass(micros) => {
                 self.now = self.now + Duration::from_micros(u64::from(micros));
