@@ -17,11 +17,11 @@ use std::time::Duration;
 const TRANSITIONS_MAX: usize = 4;
 
 /// One backend, as the gateway sees it.
-pub struct Backend {
-    pub health: Health,
-    pub admin: Administrative,
-    pub present: bool,
-    pub in_flight: u32,
+pub(crate) struct Backend {
+    pub(crate) health: Health,
+    pub(crate) admin: Administrative,
+    pub(crate) present: bool,
+    pub(crate) in_flight: u32,
     plain: bool,
     failures: RecentFailures,
     first_token: Ewma,
@@ -34,14 +34,14 @@ pub struct Backend {
 }
 
 /// The pool.
-pub struct Gateway {
-    pub policies: Policies,
-    pub backends: Vec<Backend>,
-    pub budget: Budget,
-    pub burst: Burst,
+pub(crate) struct Gateway {
+    pub(crate) policies: Policies,
+    pub(crate) backends: Vec<Backend>,
+    pub(crate) budget: Budget,
+    pub(crate) burst: Burst,
     /// The highest in-flight count of one backend so far.
-    pub peak: u32,
-    pub rng: fastrand::Rng,
+    pub(crate) peak: u32,
+    pub(crate) rng: fastrand::Rng,
     cursor: AtomicUsize,
     median_first_token: Option<f64>,
     median_gap: Option<f64>,
@@ -49,7 +49,7 @@ pub struct Gateway {
 
 /// What was done to a backend's judge.
 #[derive(Clone, Copy, Debug)]
-pub enum Told {
+pub(crate) enum Told {
     /// An attempt's lesson.
     Observation(Observation),
     /// A probe's result.
@@ -62,20 +62,20 @@ pub enum Told {
 
 /// A transition, and the eligible backends around it.
 #[derive(Clone, Copy, Debug)]
-pub struct Change {
-    pub backend: usize,
-    pub told: Told,
-    pub transition: Transition,
-    pub eligible_before: usize,
-    pub eligible_after: usize,
+pub(crate) struct Change {
+    pub(crate) backend: usize,
+    pub(crate) told: Told,
+    pub(crate) transition: Transition,
+    pub(crate) eligible_before: usize,
+    pub(crate) eligible_after: usize,
     /// Ejected or on the way back, this one included.
-    pub ejected_after: usize,
-    pub members: usize,
+    pub(crate) ejected_after: usize,
+    pub(crate) members: usize,
 }
 
 /// Who takes an attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Choice {
+pub(crate) enum Choice {
     /// An eligible backend.
     Ordinary(usize),
     /// The single trial of one in probation.
@@ -85,7 +85,7 @@ pub enum Choice {
 }
 
 impl Choice {
-    pub fn backend(self) -> usize {
+    pub(crate) fn backend(self) -> usize {
         match self {
             Self::Ordinary(i) | Self::Trial(i) | Self::Suspect(i) => i,
         }
@@ -94,21 +94,21 @@ impl Choice {
 
 /// What pays for a retry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Grant {
+pub(crate) enum Grant {
     Budget,
     Burst,
 }
 
 /// Why nobody takes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Nobody {
+pub(crate) enum Nobody {
     Busy(Option<Moment>),
     Down,
     AllTried,
 }
 
 impl Gateway {
-    pub fn new(plan: &Plan, seed: u64) -> Self {
+    pub(crate) fn new(plan: &Plan, seed: u64) -> Self {
         let backends = plan.members.iter().zip(0u64..).map(|(member, n)| Backend::new(member, n));
         Self {
             policies: plan.policies.clone(),
@@ -123,19 +123,19 @@ impl Gateway {
         }
     }
 
-    pub fn standing(&self, i: usize, now: Moment) -> Standing {
+    pub(crate) fn standing(&self, i: usize, now: Moment) -> Standing {
         self.backends[i].health.standing(&self.policies.health, now)
     }
 
-    pub fn is_eligible(&self, i: usize, now: Moment) -> bool {
+    pub(crate) fn is_eligible(&self, i: usize, now: Moment) -> bool {
         self.enabled(i) && matches!(self.standing(i, now), Standing::Eligible { .. })
     }
 
-    pub fn eligible(&self, now: Moment) -> usize {
+    pub(crate) fn eligible(&self, now: Moment) -> usize {
         (0..self.backends.len()).filter(|&i| self.is_eligible(i, now)).count()
     }
 
-    pub fn members(&self) -> usize {
+    pub(crate) fn members(&self) -> usize {
         (0..self.backends.len()).filter(|&i| self.enabled(i)).count()
     }
 
@@ -144,7 +144,7 @@ impl Gateway {
     }
 
     /// Whether an ordinary attempt fits there.
-    pub fn has_room(&self, i: usize, now: Moment) -> bool {
+    pub(crate) fn has_room(&self, i: usize, now: Moment) -> bool {
         let Standing::Eligible { share } = self.standing(i, now) else { return false };
         let max = self.backends[i].in_flight_max;
         max.is_none_or(|max| {
@@ -152,7 +152,7 @@ impl Gateway {
         })
     }
 
-    pub fn pick(
+    pub(crate) fn pick(
         &mut self,
         tried: &[usize],
         replayable: bool,
@@ -218,22 +218,22 @@ impl Gateway {
     }
 
     /// A newcomer.
-    pub fn join(&mut self, i: usize, now: Moment) {
+    pub(crate) fn join(&mut self, i: usize, now: Moment) {
         self.backends[i].present = true;
         self.backends[i].health = Health::new(Arrival::Newcomer, now);
     }
 
-    pub fn begin(&mut self, i: usize) {
+    pub(crate) fn begin(&mut self, i: usize) {
         self.backends[i].in_flight += 1;
         self.peak = self.peak.max(self.backends[i].in_flight);
     }
 
-    pub fn release(&mut self, i: usize) {
+    pub(crate) fn release(&mut self, i: usize) {
         self.backends[i].in_flight -= 1;
     }
 
     /// Takes one retry, where `first` is the first of its exchange.
-    pub fn may_retry(&mut self, first: bool, now: Moment) -> Option<Grant> {
+    pub(crate) fn may_retry(&mut self, first: bool, now: Moment) -> Option<Grant> {
         if self.budget.withdraw(now, &self.policies.retry) {
             return Some(Grant::Budget);
         }
@@ -241,7 +241,7 @@ impl Gateway {
     }
 
     /// Tells a judge something, and all judges that time has passed; returns what changed, in order.
-    pub fn tell(&mut self, i: usize, told: Told, now: Moment, changes: &mut Vec<Change>) {
+    pub(crate) fn tell(&mut self, i: usize, told: Told, now: Moment, changes: &mut Vec<Change>) {
         let eligible_before = self.eligible(now);
         let good = matches!(told, Told::Observation(Observation::Success | Observation::FirstToken));
         let peers = if good && self.backends[i].plain { Peers::default() } else { self.peers(i, now) };
@@ -264,13 +264,13 @@ impl Gateway {
         self.settle(now, changes);
     }
 
-    pub fn forgive(&mut self, i: usize, now: Moment) {
+    pub(crate) fn forgive(&mut self, i: usize, now: Moment) {
         self.backends[i].health.forgive();
         self.publish(i, now);
     }
 
     /// Lets every judge take notice of the time and of the others.
-    pub fn settle(&mut self, now: Moment, changes: &mut Vec<Change>) {
+    pub(crate) fn settle(&mut self, now: Moment, changes: &mut Vec<Change>) {
         for i in (0..self.backends.len()).filter(|&i| self.backends[i].present).collect::<Vec<_>>() {
             for _ in 0..TRANSITIONS_MAX {
                 let eligible_before = self.eligible(now);
@@ -345,7 +345,14 @@ impl Gateway {
     }
 
     /// Learns how fast an attempt was.
-    pub fn saw_speed(&mut self, i: usize, measure: Measure, began: Moment, measured: Duration, now: Moment) {
+    pub(crate) fn saw_speed(
+        &mut self,
+        i: usize,
+        measure: Measure,
+        began: Moment,
+        measured: Duration,
+        now: Moment,
+    ) {
         let backend = &mut self.backends[i];
         let (ewma, usual) = match measure {
             Measure::FirstToken => (&mut backend.first_token, self.median_first_token),
@@ -359,9 +366,9 @@ impl Gateway {
     }
 
     /// The look of a few times a second: what is usual, and who is slow.
-    pub fn look(&mut self, now: Moment, changes: &mut Vec<Change>) {
+    pub(crate) fn look(&mut self, now: Moment, changes: &mut Vec<Change>) {
         let latest = |of: fn(&Backend) -> &Ewma| {
-            lower_median(&mut self.backends.iter().filter_map(|b| of(b).value()).collect())
+            lower_median(&mut self.backends.iter().filter_map(|b| of(b).value()).collect::<Vec<f64>>())
         };
         (self.median_first_token, self.median_gap) = (latest(|b| &b.first_token), latest(|b| &b.gap));
         let policy = &self.policies.outlier;
@@ -452,7 +459,7 @@ fn median(values: &mut [f64]) -> Option<f64> {
     Some((values.get(middle.checked_sub(1)?)? + values.get(middle)?) / 2.0)
 }
 
-fn lower_median(values: &mut Vec<f64>) -> Option<f64> {
+fn lower_median(values: &mut [f64]) -> Option<f64> {
     values.sort_unstable_by(f64::total_cmp);
     values.get(values.len().saturating_sub(1) / 2).copied()
 }

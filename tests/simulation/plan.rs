@@ -13,53 +13,53 @@ use evergate::policy::retry::{Replay, RetryPolicy};
 use std::time::Duration;
 
 /// Ordinary time between probes, and while something may change.
-pub const PROBE_EVERY: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(1));
+pub(crate) const PROBE_EVERY: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(1));
 /// Share by which chance stretches or shortens it.
-pub const PROBE_JITTER: f64 = 0.2;
+pub(crate) const PROBE_JITTER: f64 = 0.2;
 /// Between two arrivals after the trouble.
 const CALM_GAP: Duration = Duration::from_millis(1500);
 
 /// All parameters of one pool.
 #[derive(Clone, Debug)]
-pub struct Policies {
-    pub health: HealthPolicy,
-    pub retry: RetryPolicy,
-    pub balance: BalancePolicy,
-    pub outlier: OutlierPolicy,
-    pub clocks: Clocks,
+pub(crate) struct Policies {
+    pub(crate) health: HealthPolicy,
+    pub(crate) retry: RetryPolicy,
+    pub(crate) balance: BalancePolicy,
+    pub(crate) outlier: OutlierPolicy,
+    pub(crate) clocks: Clocks,
 }
 
 /// What is configured of one backend, and what will befall it.
 #[derive(Clone, Debug)]
-pub struct Member {
-    pub weight: f64,
-    pub tier: u8,
+pub(crate) struct Member {
+    pub(crate) weight: f64,
+    pub(crate) tier: u8,
     /// Most attempts at a time.
-    pub in_flight_max: Option<u32>,
+    pub(crate) in_flight_max: Option<u32>,
     /// It joins the pool at this moment; at zero it is a founder.
-    pub joins: Moment,
-    pub ailments: Vec<(Span, Ailment)>,
-    pub lies: Vec<(Span, ProbeVerdict)>,
-    pub operator: Vec<(Moment, Administrative)>,
+    pub(crate) joins: Moment,
+    pub(crate) ailments: Vec<(Span, Ailment)>,
+    pub(crate) lies: Vec<(Span, ProbeVerdict)>,
+    pub(crate) operator: Vec<(Moment, Administrative)>,
 }
 
 /// Everything that will happen.
 #[derive(Clone, Debug)]
-pub struct Plan {
-    pub policies: Policies,
-    pub members: Vec<Member>,
-    pub arrivals: Vec<(Moment, Request)>,
+pub(crate) struct Plan {
+    pub(crate) policies: Policies,
+    pub(crate) members: Vec<Member>,
+    pub(crate) arrivals: Vec<(Moment, Request)>,
     /// From here on nobody ails, lies or is drained.
-    pub well_from: Moment,
+    pub(crate) well_from: Moment,
     /// By then every backend must be eligible again; none where the plan ends with the trouble.
-    pub eligible_by: Option<Moment>,
+    pub(crate) eligible_by: Option<Moment>,
     /// No arrival after this.
-    pub end: Moment,
+    pub(crate) end: Moment,
 }
 
 impl Plan {
     /// The plan of a seed.
-    pub fn of(seed: u64) -> Self {
+    pub(crate) fn of(seed: u64) -> Self {
         let rng = &mut fastrand::Rng::with_seed(seed);
         let policies = policies(rng);
         let trouble = secs(3.0 + rng.f64() * 22.0);

@@ -11,27 +11,27 @@ use std::time::Duration;
 
 /// Work of a request, and how it is meant to go.
 #[derive(Clone, Copy, Debug)]
-pub struct Request {
+pub(crate) struct Request {
     /// It may be sent again once a byte of it was sent.
-    pub replayable: bool,
+    pub(crate) replayable: bool,
     /// Its answer is a token stream; else it is held until whole.
-    pub streams: bool,
+    pub(crate) streams: bool,
     /// From sending to the first token, on a sound replica.
-    pub first_token: Duration,
+    pub(crate) first_token: Duration,
     /// Tokens after the first.
-    pub tokens: u32,
+    pub(crate) tokens: u32,
     /// Every replica answers it with this status: the client's fault, or a request that breaks engines.
-    pub always: Option<u16>,
+    pub(crate) always: Option<u16>,
     /// The client leaves after so long.
-    pub patience: Option<Duration>,
+    pub(crate) patience: Option<Duration>,
 }
 
 /// Between two tokens of a sound replica.
-pub const GAP: Duration = Duration::from_millis(20);
+pub(crate) const GAP: Duration = Duration::from_millis(20);
 
 /// What ails a replica.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Ailment {
+pub(crate) enum Ailment {
     /// Nothing listens (F01). What runs dies when it begins.
     Crashed,
     /// Packets vanish (F02).
@@ -70,7 +70,7 @@ pub enum Ailment {
 
 impl Ailment {
     /// For the tally.
-    pub fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Crashed => "crashed",
             Self::Blackhole => "blackhole",
@@ -96,7 +96,7 @@ impl Ailment {
 
 /// What will become of one attempt, if nothing happens in between.
 #[derive(Clone, Copy, Debug)]
-pub enum Fate {
+pub(crate) enum Fate {
     /// It ends before anything of it can be shown.
     Ends {
         /// After so long.
@@ -117,11 +117,11 @@ pub enum Fate {
 
 /// One backend as it really is.
 #[derive(Clone, Debug, Default)]
-pub struct Replica {
+pub(crate) struct Replica {
     /// What ails it.
-    pub ailment: Option<Ailment>,
+    pub(crate) ailment: Option<Ailment>,
     /// What its probes say instead of the truth.
-    pub lie: Option<ProbeVerdict>,
+    pub(crate) lie: Option<ProbeVerdict>,
 }
 
 /// A connect, a refusal, an error made up without thinking.
@@ -130,7 +130,7 @@ const AT_ONCE: Duration = Duration::from_millis(1);
 impl Replica {
     /// What becomes of an attempt that begins now, with `in_flight` others here. `clock` is the hard clock for a first
     /// token, `connect` that for a connection; `reused`: on a kept connection.
-    pub fn serve(
+    pub(crate) fn serve(
         &self,
         request: &Request,
         in_flight: u32,
@@ -138,10 +138,10 @@ impl Replica {
         reused: bool,
         rng: &mut fastrand::Rng,
     ) -> Fate {
-        if let Some(status) = request.always {
-            if self.ailment.is_none() {
-                return ends(AT_ONCE * 20, Phase::Head, Cause::Status(status), true, reused);
-            }
+        if let Some(status) = request.always
+            && self.ailment.is_none()
+        {
+            return ends(AT_ONCE * 20, Phase::Head, Cause::Status(status), true, reused);
         }
         let sent = |after, cause| ends(after, Phase::Head, cause, true, reused);
         let spread = 0.5 + rng.f64();
@@ -192,7 +192,7 @@ impl Replica {
     }
 
     /// What a probe that ends now finds.
-    pub fn probe(&self, rng: &mut fastrand::Rng) -> ProbeVerdict {
+    pub(crate) fn probe(&self, rng: &mut fastrand::Rng) -> ProbeVerdict {
         if let Some(lie) = self.lie {
             return lie;
         }
@@ -211,13 +211,13 @@ impl Replica {
 
 /// The hard clocks of an attempt.
 #[derive(Clone, Copy, Debug)]
-pub struct Clocks {
+pub(crate) struct Clocks {
     /// For a connection.
-    pub connect: Duration,
+    pub(crate) connect: Duration,
     /// For a first token.
-    pub first_token: Duration,
+    pub(crate) first_token: Duration,
     /// For a whole stream of a slow replica, or a slow answer would outlast the simulation.
-    pub stream: Duration,
+    pub(crate) stream: Duration,
 }
 
 fn ends(after: Duration, phase: Phase, cause: Cause, sent: bool, reused: bool) -> Fate {
@@ -240,9 +240,9 @@ fn answers(
 
 /// The moment something begins, and the one it is over.
 #[derive(Clone, Copy, Debug)]
-pub struct Span {
+pub(crate) struct Span {
     /// Included.
-    pub from: Moment,
+    pub(crate) from: Moment,
     /// Excluded.
-    pub until: Moment,
+    pub(crate) until: Moment,
 }

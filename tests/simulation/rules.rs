@@ -16,10 +16,10 @@ const BURST_MIN: u32 = 8;
 const UNSENT_REPEATS_MAX: u32 = 32;
 
 /// The first rule that was broken, and the books of all.
-pub struct Rules {
-    pub broken: Option<String>,
+pub(crate) struct Rules {
+    pub(crate) broken: Option<String>,
     /// What happened how often, over all kinds: a simulation that never meets a thing proves nothing about it.
-    pub tally: BTreeMap<&'static str, u64>,
+    pub(crate) tally: BTreeMap<&'static str, u64>,
     requests: Vec<Moment>,
     retries: Vec<Moment>,
     bursts: Vec<Moment>,
@@ -33,7 +33,7 @@ pub struct Rules {
 }
 
 impl Rules {
-    pub fn new(members: usize) -> Self {
+    pub(crate) fn new(members: usize) -> Self {
         Self {
             broken: None,
             tally: BTreeMap::new(),
@@ -47,23 +47,23 @@ impl Rules {
         }
     }
 
-    pub fn count(&mut self, what: &'static str) {
+    pub(crate) fn count(&mut self, what: &'static str) {
         *self.tally.entry(what).or_default() += 1;
     }
 
     /// `holds`, or the first breach is remembered.
-    pub fn require(&mut self, holds: bool, rule: &str, what: impl FnOnce() -> String) {
+    pub(crate) fn require(&mut self, holds: bool, rule: &str, what: impl FnOnce() -> String) {
         if !holds && self.broken.is_none() {
             self.broken = Some(format!("{rule}: {}", what()));
         }
     }
 
-    pub fn arrived(&mut self, now: Moment) {
+    pub(crate) fn arrived(&mut self, now: Moment) {
         self.requests.push(now);
     }
 
     /// A request that had been sent is sent again.
-    pub fn retried(&mut self, policies: &Policies, grant: Option<Grant>, peak: u32, now: Moment) {
+    pub(crate) fn retried(&mut self, policies: &Policies, grant: Option<Grant>, peak: u32, now: Moment) {
         let policy = &policies.retry;
         let second = (now.as_micros() / 1_000_000).saturating_sub(BUDGET_SECONDS - 1);
         let from = Moment::from_micros(second * 1_000_000);
@@ -89,7 +89,7 @@ impl Rules {
     }
 
     /// An attempt begins.
-    pub fn begins(&mut self, gateway: &Gateway, choice: Choice, tried: &[usize], now: Moment) {
+    pub(crate) fn begins(&mut self, gateway: &Gateway, choice: Choice, tried: &[usize], now: Moment) {
         let i = choice.backend();
         let standing = gateway.standing(i, now);
         let in_flight = gateway.backends[i].in_flight;
@@ -132,16 +132,23 @@ impl Rules {
     }
 
     /// A trial has shown what it will, or is lost.
-    pub fn trial_over(&mut self, i: usize) {
+    pub(crate) fn trial_over(&mut self, i: usize) {
         self.trials[i] = self.trials[i].saturating_sub(1);
     }
 
-    pub fn ends(&mut self) {
+    pub(crate) fn ends(&mut self) {
         self.under_way -= 1;
     }
 
     /// Attempts of one exchange.
-    pub fn attempts(&mut self, policies: &Policies, members: usize, sent: u32, stale: u32, unsent: u32) {
+    pub(crate) fn attempts(
+        &mut self,
+        policies: &Policies,
+        members: usize,
+        sent: u32,
+        stale: u32,
+        unsent: u32,
+    ) {
         let most = u32::from(policies.retry.attempts_max);
         self.require(sent <= most + stale.min(1), "attempts of an exchange are bounded", || {
             format!("{sent} reached a backend ({stale} of them on stale connections), {most} allowed")
@@ -154,7 +161,7 @@ impl Rules {
     }
 
     /// What a judge was told.
-    pub fn told(&mut self, gateway: &Gateway, i: usize, told: Told, now: Moment) {
+    pub(crate) fn told(&mut self, gateway: &Gateway, i: usize, told: Told, now: Moment) {
         match told {
             Told::Observation(Observation::Busy { until }) => {
                 self.blameless[i] = false;
@@ -163,7 +170,9 @@ impl Rules {
                     self.leave_alone_until[i] = self.leave_alone_until[i].max(until);
                 }
             }
-            Told::Observation(Observation::Fault | Observation::Misconfigured) => self.blameless[i] = false,
+            Told::Observation(Observation::Fault | Observation::Silent | Observation::Misconfigured) => {
+                self.blameless[i] = false
+            }
             Told::Observation(Observation::Success | Observation::FirstToken | Observation::Neutral)
             | Told::Tick
             | Told::Slow(_) => {}
@@ -174,7 +183,7 @@ impl Rules {
     }
 
     /// A judge has changed its mind.
-    pub fn changed(&mut self, policies: &Policies, change: &Change, now: Moment) {
+    pub(crate) fn changed(&mut self, policies: &Policies, change: &Change, now: Moment) {
         self.count(change.transition.name());
         match change.transition {
             Transition::Ejected { until, lasts, reason, .. } => {
@@ -188,7 +197,7 @@ impl Rules {
                     EjectReason::Misconfigured => policies.health.misconfigured_ejection,
                     EjectReason::ConsecutiveFaults(_)
                     | EjectReason::SuccessRate { .. }
-                    | EjectReason::Stuck
+                    | EjectReason::Stuck(_)
                     | EjectReason::Slow { .. } => policies.health.ejection_max,
                 };
                 self.require(lasts <= most && until == now + lasts, "ejections are bounded", || {
@@ -213,7 +222,7 @@ impl Rules {
     }
 
     /// An exchange found nobody to take it, and everybody in time was asked.
-    pub fn nobody(&mut self, gateway: &Gateway, tried: &[usize], now: Moment) {
+    pub(crate) fn nobody(&mut self, gateway: &Gateway, tried: &[usize], now: Moment) {
         for i in 0..gateway.backends.len() {
             let sound = self.blameless[i] && gateway.is_eligible(i, now) && gateway.has_room(i, now);
             self.require(!sound || tried.contains(&i), "who is sound and free is asked", || {
@@ -223,7 +232,7 @@ impl Rules {
     }
 
     /// All who have been tried are forgotten: a second round begins.
-    pub fn another_round(&mut self, gateway: &Gateway, tried: &[usize], now: Moment) {
+    pub(crate) fn another_round(&mut self, gateway: &Gateway, tried: &[usize], now: Moment) {
         self.nobody(gateway, tried, now);
         for i in (0..gateway.backends.len()).filter(|i| !tried.contains(i)) {
             let open = gateway.is_eligible(i, now) && gateway.has_room(i, now);
@@ -234,7 +243,7 @@ impl Rules {
     }
 
     /// After every event; `looks`: while somebody looks at the clock.
-    pub fn at_rest(&mut self, gateway: &Gateway, now: Moment, looks: bool) {
+    pub(crate) fn at_rest(&mut self, gateway: &Gateway, now: Moment, looks: bool) {
         let in_flight: u32 = gateway.backends.iter().map(|backend| backend.in_flight).sum();
         let under_way = self.under_way;
         self.require(in_flight == under_way, "in-flight counts what is under way", || {
@@ -251,7 +260,7 @@ impl Rules {
     }
 
     /// Every backend should be back.
-    pub fn recovered(&mut self, gateway: &Gateway, plan: &Plan, now: Moment) {
+    pub(crate) fn recovered(&mut self, gateway: &Gateway, plan: &Plan, now: Moment) {
         for i in 0..gateway.backends.len() {
             let standing = gateway.standing(i, now);
             self.require(
@@ -263,7 +272,7 @@ impl Rules {
     }
 
     /// Nothing is left.
-    pub fn over(&mut self, gateway: &Gateway, arrived: usize, ended: usize) {
+    pub(crate) fn over(&mut self, gateway: &Gateway, arrived: usize, ended: usize) {
         self.require(arrived == ended, "every exchange ends exactly once", || {
             format!("{ended} of {arrived} ended")
         });

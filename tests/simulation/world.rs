@@ -29,18 +29,18 @@ const ALARM_TICK: Duration = Duration::from_millis(25);
 const EVENTS_MAX: usize = 200_000;
 
 /// What the world comes to.
-pub struct Outcome {
-    pub rules: Rules,
-    pub trace: String,
+pub(crate) struct Outcome {
+    pub(crate) rules: Rules,
+    pub(crate) trace: String,
 }
 
 /// Lives through the history of a seed.
-pub fn live(seed: u64, traced: bool) -> Outcome {
+pub(crate) fn live(seed: u64, traced: bool) -> Outcome {
     World::new(Plan::of(seed), seed, traced).live()
 }
 
 /// Lives through a plan made by hand.
-pub fn live_plan(plan: Plan, seed: u64) -> Outcome {
+pub(crate) fn live_plan(plan: Plan, seed: u64) -> Outcome {
     World::new(plan, seed, false).live()
 }
 
