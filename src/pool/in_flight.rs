@@ -65,12 +65,12 @@ impl InFlight {
         Self(unfinished)
     }
 
-    /// From now on its backend owes it something.
+    /// From now on its backend owes it something, or something more.
     pub fn waits(&self, now: Moment) {
         self.0.waits_since.store(now.as_micros(), Ordering::Relaxed);
     }
 
-    /// Its backend gave a sign of life: a token, a piece of an answer. It does not wait until it says so again.
+    /// Its backend gave a sign of life: a token, a whole answer. It does not wait until it says so again.
     pub fn moved(&self, now: Moment) {
         self.0.waits_since.store(0, Ordering::Relaxed);
         self.0.backend.signs.moved(now);

@@ -489,7 +489,7 @@ impl Attempt<'_> {
                     Ok(chunk) => {
                         let now = clock::now();
                         self.watch.moved(now);
-                        self.choice.in_flight.moved(now);
+                        // Its own life sign, not the engine's: a server may send half an answer and die.
                         self.choice.in_flight.waits(now);
                         length += chunk.len();
                         let kept = chunk.len() as u64;
