@@ -476,6 +476,42 @@ mod tests {
     }
 
     #[test]
+    fn peers_that_are_off_what_is_usual_themselves_change_nothing() {
+        let peer: [f64; 9] = [0.4, 0.5, 0.6, 0.8, 1.0, 1.2, 1.5, 2.0, 2.5];
+        for pace in [0.125, 1.0, 8.0] {
+            let all = |times: f64| [times * pace; 9];
+            assert!(near(Fleet::measuring(&[&all(10.0), &all(1.0), &all(1.0)]).slowness(0), 10.0), "{pace}");
+            assert_eq!(Fleet::measuring(&[&all(2.0), &all(1.0)]).slowness(0), None, "{pace}");
+            let peer = peer.map(|secs| secs * pace);
+            assert_eq!(Fleet::measuring(&[&all(6.0)[..3], &peer]).slowness(0), None, "{pace}");
+            assert!(Fleet::measuring(&[&all(6.0), &peer]).slowness(0).is_some(), "{pace}");
+        }
+        let mut fleet = Fleet::measuring(&[&[40.0; 8], &[2.0; 9]]);
+        for (secs, newest) in [(4.0, 2.0), (2.0, 1.0), (20.0, 10.0)] {
+            fleet.record(0, secs);
+            let slowest = fleet.slowest(0).expect("most are slow");
+            assert!(near(Some(slowest.newest), newest), "{slowest:?}");
+        }
+    }
+
+    #[test]
+    fn the_floor_is_what_separates_it_from_its_peers() {
+        let excess = |peer: f64, own: f64| {
+            let mut fleet = Fleet::of(2);
+            fleet.policy.first_token_floor = Duration::from_millis(125);
+            for _ in 0..SAMPLES_MAX {
+                fleet.record_as(0, Measure::FirstToken, own, 0.031_25);
+                fleet.record_as(1, Measure::FirstToken, peer, 0.031_25);
+            }
+            fleet.slowness(0).is_some()
+        };
+        assert!(excess(0.031_25, 0.156_25), "just as much later as it takes");
+        assert!(!excess(0.031_25, 0.156_24));
+        assert!(!excess(0.046_875, 0.171_86), "its peers are later than usual too");
+        assert!(excess(0.046_875, 0.171_875));
+    }
+
+    #[test]
     fn what_nobody_notices_is_no_slowness() {
         for (measure, usual, slow, slower) in
             [(Measure::TokenGap, 0.001, 0.005, 0.0112), (Measure::FirstToken, 0.02, 0.119, 0.121)]
@@ -668,6 +704,13 @@ mod tests {
         assert!(fleet.slowness(0).is_some(), "six of nine within half a minute");
         fleet.pass(1.1);
         assert_eq!(fleet.slowness(0), None, "only the new ones");
+        fleet.pass(60.0);
+        [10.0, 1.0, 1.0].into_iter().for_each(|secs| fleet.record(0, secs));
+        assert_eq!(fleet.slowness(0), None, "and no more than is needed");
+        let mut fleet = Fleet::measuring(&[&[10.0; 9], &[1.0; 9]]);
+        fleet.pass(31.0);
+        [10.0, 1.0, 1.0].into_iter().for_each(|secs| fleet.record(0, secs));
+        assert_eq!(fleet.slowness(0), None, "not one old one beside three new ones");
     }
 
     #[test]

@@ -612,6 +612,21 @@ fn failed_trials_double_up_to_a_minute() {
     assert_eq!(lengths, [2, 4, 8, 16, 32, 60, 60, 60]);
 }
 
+#[test]
+fn one_silence_is_an_accident_unless_it_is_the_trial() {
+    let mut bench = Bench::healthy();
+    bench.policy.eject_consecutive = 1;
+    assert_eq!(bench.observe(Observation::Silent), None);
+    bench.observe(Observation::FirstToken);
+    assert_eq!(bench.observe(Observation::Silent), None, "the first again");
+    let second = bench.observe(Observation::Silent);
+    assert!(matches!(second, Some(Transition::Ejected { .. })), "{second:?}");
+    let mut bench = Bench::on_probation();
+    assert!(bench.health.begin_trial(bench.now));
+    let failed = bench.observe(Observation::Silent);
+    assert!(matches!(failed, Some(Transition::TrialFailed { .. })), "{failed:?}");
+}
+
 // Busy
 
 #[test]
