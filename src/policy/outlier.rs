@@ -143,17 +143,6 @@ pub struct Speed {
     forgotten: Moment,
     /// The latest sample.
     latest: Moment,
-    slow: Option<Slow>,
-}
-
-/// What [`judge`](Speed::judge) was told last.
-#[derive(Clone, Copy, Debug)]
-struct Slow {
-    told: Slowness,
-    /// Since when it has been slow enough to be ejected.
-    enough_since: Option<Moment>,
-    /// The samples of that measure there were when that had lasted long enough.
-    lasting_from: Option<u32>,
 }
 
 impl Speed {
@@ -184,33 +173,26 @@ impl Speed {
     }
 
     /// Takes in how slow it is at this moment, by [`slowness`]. Returns the ratio when it has been too slow for too long
-    /// and is to be ejected; again each time it is called while that holds. Call it a few times a second.
-    pub fn judge(&mut self, policy: &OutlierPolicy, now: Moment, slowness: Option<Slowness>) -> Option<f64> {
-        let before = self.slow.take();
-        let told = slowness?;
-        // The other measure's evidence is not this one's.
-        let before = before.filter(|before| before.told.measure == told.measure);
-        let samples = match told.measure {
-            Measure::FirstToken => self.first_token.samples,
-            Measure::TokenGap => self.token_gap.samples,
-        };
-        let enough = told.ratio >= policy.eject_ratio_min;
-        let enough_since = enough.then(|| before.and_then(|slow| slow.enough_since).unwrap_or(now));
-        let lasts = enough_since.is_some_and(|since| now.since(since) >= policy.persistent);
-        let lasting_from = lasts.then(|| before.and_then(|slow| slow.lasting_from).unwrap_or(samples));
-        self.slow = Some(Slow { told, enough_since, lasting_from });
-        // Slow to the very last: who gets little traffic may have recovered long ago, and this is the first to show it.
-        let news = samples.wrapping_sub(lasting_from?) >= policy.samples_min;
-        (news && told.newest >= policy.ratio_min).then_some(told.ratio)
+    /// by one of the measures and is to be ejected; again each time it is called while that holds. Call it a few times a
+    /// second.
+    pub fn judge(&mut self, policy: &OutlierPolicy, now: Moment, slowness: Slowness) -> Option<f64> {
+        let first_token = self.first_token.judge(policy, now, slowness.first_token);
+        let token_gap = self.token_gap.judge(policy, now, slowness.token_gap);
+        larger(first_token, token_gap)
     }
 
     /// What to multiply its load by: 1 for a backend that is not slow, `factor_max` at most. By what
     /// [`judge`](Self::judge) was told last; sinks towards 1 without new samples.
     pub fn load_factor(&self, policy: &OutlierPolicy, now: Moment) -> f64 {
-        let Some(slow) = self.slow else { return 1.0 };
+        let ratio = |window: &Window| window.slow.map(|slow| slow.ratio);
+        let Some(ratio) = larger(ratio(&self.first_token), ratio(&self.token_gap)) else { return 1.0 };
         let unheard = now.since(self.latest).as_secs_f64() / BELIEF_HALF_LIFE.as_secs_f64();
-        1.0 + (slow.told.ratio.min(policy.factor_max) - 1.0) * (-unheard).exp2()
+        1.0 + (ratio.min(policy.factor_max) - 1.0) * (-unheard).exp2()
     }
+}
+
+fn larger(a: Option<f64>, b: Option<f64>) -> Option<f64> {
+    [a, b].into_iter().flatten().max_by(f64::total_cmp)
 }
 
 /// The samples of one backend in short; of a measure without enough samples, nothing.
@@ -233,39 +215,50 @@ struct Summary {
     samples: f64,
 }
 
-/// How slow a backend is.
-#[derive(Clone, Copy, Debug, PartialEq)]
+/// How much slower than its peers a backend is by each measure, where that is clear.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Slowness {
-    /// The measure by which it is slowest.
-    pub measure: Measure,
-    /// So many times the median of its peers, at least [`ratio_min`](OutlierPolicy::ratio_min).
-    pub ratio: f64,
-    /// The same for its newest sample alone, which may be anything.
-    pub newest: f64,
+    first_token: Option<Found>,
+    token_gap: Option<Found>,
 }
 
-/// How much slower than its peers a backend is, if that is clear. None without samples of its own, or without a peer
-/// that has some.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Found {
+    /// So many times the median of its peers.
+    ratio: f64,
+    /// The same for its newest sample alone, which may be anything.
+    newest: f64,
+}
+
+impl Slowness {
+    /// So many times slower, by the worse of both measures; at least [`ratio_min`](OutlierPolicy::ratio_min).
+    pub fn ratio(&self) -> Option<f64> {
+        let ratio = |found: Option<Found>| found.map(|found| found.ratio);
+        larger(ratio(self.first_token), ratio(self.token_gap))
+    }
+}
+
+/// Compares a backend with its peers. Nothing is found without samples of its own, or without a peer that has some.
 pub fn slowness<'a>(
     policy: &OutlierPolicy,
     own: &Reading,
     peers: impl Iterator<Item = &'a Reading> + Clone,
-) -> Option<Slowness> {
-    let by = |measure, of: fn(&Reading) -> Option<Summary>, floor| {
-        compare(policy, measure, floor, &of(own)?, peers.clone().filter_map(of))
+) -> Slowness {
+    let by = |of: fn(&Reading) -> Option<Summary>, floor| {
+        compare(policy, floor, &of(own)?, peers.clone().filter_map(of))
     };
-    let first_token = by(Measure::FirstToken, |reading| reading.first_token, policy.first_token_floor);
-    let token_gap = by(Measure::TokenGap, |reading| reading.token_gap, policy.token_gap_floor);
-    [first_token, token_gap].into_iter().flatten().max_by(|a, b| a.ratio.total_cmp(&b.ratio))
+    Slowness {
+        first_token: by(|reading| reading.first_token, policy.first_token_floor),
+        token_gap: by(|reading| reading.token_gap, policy.token_gap_floor),
+    }
 }
 
 fn compare(
     policy: &OutlierPolicy,
-    measure: Measure,
     floor: Duration,
     own: &Summary,
     peers: impl Iterator<Item = Summary>,
-) -> Option<Slowness> {
+) -> Option<Found> {
     let peers: SmallVec<[Summary; PEERS_INLINE]> = peers.collect();
     let of = |value: fn(&Summary) -> f64| peers.iter().map(value).collect::<Values>();
     let usual = median(&mut of(|peer| peer.median))?;
@@ -282,11 +275,7 @@ fn compare(
     let samples: f64 = peers.iter().map(|peer| peer.samples).sum();
     let error = within * (1.0 / own.samples + 1.0 / samples).sqrt();
     let newest = (own.newest - usual).exp();
-    (own.median - usual >= policy.deviations_min * between.hypot(error)).then_some(Slowness {
-        measure,
-        ratio,
-        newest,
-    })
+    (own.median - usual >= policy.deviations_min * between.hypot(error)).then_some(Found { ratio, newest })
 }
 
 /// The last samples of one measure.
@@ -297,6 +286,17 @@ struct Window {
     len: usize,
     /// Ever; wraps.
     samples: u32,
+    slow: Option<Slow>,
+}
+
+/// What a window was told of itself last.
+#[derive(Clone, Copy, Debug)]
+struct Slow {
+    ratio: f64,
+    /// Since when it has been slow enough to be ejected.
+    enough_since: Option<Moment>,
+    /// The samples there were when that had lasted long enough.
+    lasting_from: Option<u32>,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -317,6 +317,19 @@ impl Window {
         self.next = (self.next + 1) % SAMPLES_MAX;
         self.len = (self.len + 1).min(SAMPLES_MAX);
         self.samples = self.samples.wrapping_add(1);
+    }
+
+    fn judge(&mut self, policy: &OutlierPolicy, now: Moment, found: Option<Found>) -> Option<f64> {
+        let before = self.slow.take();
+        let Found { ratio, newest } = found?;
+        let enough = ratio >= policy.eject_ratio_min;
+        let enough_since = enough.then(|| before.and_then(|slow| slow.enough_since).unwrap_or(now));
+        let lasts = enough_since.is_some_and(|since| now.since(since) >= policy.persistent);
+        let lasting_from = lasts.then(|| before.and_then(|slow| slow.lasting_from).unwrap_or(self.samples));
+        self.slow = Some(Slow { ratio, enough_since, lasting_from });
+        // Slow to the very last: who gets little traffic may have recovered long ago, and this is the first to show it.
+        let news = self.samples.wrapping_sub(lasting_from?) >= policy.samples_min;
+        (news && newest >= policy.ratio_min).then_some(ratio)
     }
 
     fn summary(&self, policy: &OutlierPolicy, now: Moment) -> Option<Summary> {
@@ -401,18 +414,18 @@ mod tests {
             self.speeds.iter().map(|speed| speed.reading(&self.policy, self.now)).collect()
         }
 
-        fn slowest(&self, i: usize) -> Option<Slowness> {
+        fn found(&self, i: usize) -> Slowness {
             let readings = self.readings();
             let peers = readings.iter().enumerate().filter(|(j, _)| *j != i).map(|(_, reading)| reading);
             slowness(&self.policy, &readings[i], peers)
         }
 
         fn slowness(&self, i: usize) -> Option<f64> {
-            self.slowest(i).map(|slowness| slowness.ratio)
+            self.found(i).ratio()
         }
 
         fn judge(&mut self, i: usize) -> Option<f64> {
-            let slowness = self.slowest(i);
+            let slowness = self.found(i);
             self.speeds[i].judge(&self.policy, self.now, slowness)
         }
 
@@ -489,8 +502,8 @@ mod tests {
         let mut fleet = Fleet::measuring(&[&[40.0; 8], &[2.0; 9]]);
         for (secs, newest) in [(4.0, 2.0), (2.0, 1.0), (20.0, 10.0)] {
             fleet.record(0, secs);
-            let slowest = fleet.slowest(0).expect("most are slow");
-            assert!(near(Some(slowest.newest), newest), "{slowest:?}");
+            let found = fleet.found(0).first_token.expect("most are slow");
+            assert!(near(Some(found.newest), newest), "{found:?}");
         }
     }
 
@@ -727,6 +740,23 @@ mod tests {
             fleet.record_as(0, Measure::TokenGap, 20.0, 1.0);
             fleet.record_as(1, Measure::TokenGap, 1.0, 1.0);
             assert_eq!(fleet.judge(0), None, "{n} s slow by another measure");
+        }
+    }
+
+    #[test]
+    fn whichever_measure_is_worse_each_keeps_its_time() {
+        let mut fleet = Fleet::measuring(&[&[10.0; 9], &[1.0; 9]]);
+        for second in 0.. {
+            fleet.pass(1.0);
+            fleet.record(0, if second % 2 == 0 { 8.0 } else { 12.0 });
+            fleet.record(1, 1.0);
+            fleet.record_as(0, Measure::TokenGap, 10.0, 1.0);
+            fleet.record_as(1, Measure::TokenGap, 1.0, 1.0);
+            if fleet.judge(0).is_some() {
+                assert!((33..36).contains(&second), "{second}");
+                break;
+            }
+            assert!(second < 36, "never");
         }
     }
 

@@ -86,12 +86,7 @@ impl Signs {
     }
 
     /// Takes in how slow it is beside its peers; the ratio when it is to be ejected for it.
-    pub(super) fn judge_speed(
-        &self,
-        policy: &OutlierPolicy,
-        now: Moment,
-        slowness: Option<Slowness>,
-    ) -> Option<f64> {
+    pub(super) fn judge_speed(&self, policy: &OutlierPolicy, now: Moment, slowness: Slowness) -> Option<f64> {
         let mut served = self.served.lock();
         let eject = served.speed.judge(policy, now, slowness);
         let factor = served.speed.load_factor(policy, now);
