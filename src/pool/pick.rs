@@ -86,12 +86,13 @@ pub struct Choice {
 pub struct Trial {
     judge: Arc<Record>,
     state: Arc<PoolState>,
+    began: Moment,
 }
 
 impl Drop for Trial {
     fn drop(&mut self) {
         // Harmless once an outcome was observed.
-        self.judge.abandon_trial();
+        self.judge.abandon_trial(self.began);
         self.state.open_trials();
     }
 }
@@ -157,7 +158,7 @@ impl Pool {
             let open = member.backend.admin() == Administrative::Enabled && !wanted.has_tried(member);
             let judge = if waits(whole) { whole } else { model };
             if open && judge.begin_trial(now) {
-                let trial = Trial { judge: judge.clone(), state: self.state.clone() };
+                let trial = Trial { judge: judge.clone(), state: self.state.clone(), began: now };
                 return Some(Choice { trial: Some(trial), ..self.choose(i, wanted, now) });
             }
         }

@@ -695,7 +695,7 @@ impl World {
     fn let_go(&mut self, attempt: Attempt) {
         let i = attempt.choice.backend();
         if matches!(attempt.choice, Choice::Trial(_)) {
-            self.gateway.backends[i].health.abandon_trial();
+            self.gateway.backends[i].health.abandon_trial(attempt.began);
         }
         self.gateway.release(i);
         self.rules.ends();

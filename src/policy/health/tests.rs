@@ -564,12 +564,28 @@ fn one_trial_at_a_time_and_another_after_it_was_abandoned() {
     let won = |bench: &mut Bench| (0..10).filter(|_| bench.health.begin_trial(bench.now)).count();
     assert_eq!(won(&mut bench), 1);
     assert!(bench.health.on_trial());
-    bench.health.abandon_trial();
+    bench.health.abandon_trial(bench.now);
     assert_eq!(won(&mut bench), 1);
     bench.observe(Observation::Neutral);
     assert_eq!(won(&mut bench), 1);
     assert!(matches!(bench.observe(Observation::Fault), Some(Transition::TrialFailed { times: 2, .. })));
     assert_eq!(won(&mut bench), 0);
+}
+
+#[test]
+fn the_end_of_an_old_trial_does_not_let_another_in_beside_the_new_one() {
+    let mut bench = Bench::on_probation();
+    assert!(bench.health.begin_trial(bench.now));
+    let old = bench.now;
+    bench.observe(Observation::FirstToken);
+    bench.observe_times(Observation::Fault, 3);
+    bench.probe(ProbeVerdict::Pass);
+    bench.pass(60.0);
+    assert!(bench.health.begin_trial(bench.now));
+    bench.health.abandon_trial(old);
+    assert!(!bench.health.begin_trial(bench.now), "the new one is under way");
+    bench.health.abandon_trial(bench.now);
+    assert!(bench.health.begin_trial(bench.now));
 }
 
 #[test]
@@ -1049,7 +1065,7 @@ impl Pool {
                 None
             }
             Happening::AbandonTrial => {
-                health.abandon_trial();
+                health.free_trial();
                 None
             }
             Happening::Stuck => health.eject_stuck(policy, now, Proof::Unanswered, &peers, rng),
@@ -1119,7 +1135,7 @@ proptest! {
             pool.happen(i % members, happening);
         }
         for health in &mut pool.members {
-            health.abandon_trial();
+            health.free_trial();
         }
         // The longest ejection or Retry-After of the history, then a probe or two, then the ramp.
         for _ in 0..215 {
