@@ -6,6 +6,7 @@
 
 use std::fmt::{self, Write as _};
 use std::future::pending;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -16,14 +17,14 @@ use tokio::time::{sleep, sleep_until, timeout};
 use toml::{Table, Value as Toml};
 
 use crate::api::{Endpoint, MODEL, Pace, shortened};
-use crate::replica::{Act, Conduct, Replica, healthy, models};
+use crate::replica::{Act, Conduct, End, Replica, healthy, models};
 use crate::rows::{Case, FIRST, POISON, Promise, Row, Sickness};
 use crate::support::backend::NeverAccepting;
 use crate::support::client::{Answer, Client, H2Client};
 use crate::support::either::{AT_ONCE, Http, state};
 use crate::support::proxy::{Proxy, ProxyBuilder};
 use crate::support::tls::{Authority, Certificate};
-use crate::support::{PATIENCE, eventually};
+use crate::support::PATIENCE;
 
 pub const REPLICAS: usize = 4;
 
@@ -31,7 +32,7 @@ pub const REPLICAS: usize = 4;
 pub const ADDED_MAX: Duration = Duration::from_secs(4);
 
 /// Requests while somebody is sick, and how often one comes.
-const REQUESTS: usize = 40;
+pub const REQUESTS: usize = 40;
 const EVERY: Duration = Duration::from_millis(50);
 
 /// Requests while all are well.
@@ -63,11 +64,17 @@ pub struct Cell {
     pub with_return: bool,
 }
 
+impl Cell {
+    /// Which of its row it is.
+    pub fn place(&self) -> String {
+        let protocol = if self.http == Http::One { "h1" } else { "h2" };
+        format!("{} · {protocol} · {} sick", self.endpoint.name(), self.sick)
+    }
+}
+
 impl fmt::Display for Cell {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let protocol = if self.http == Http::One { "h1" } else { "h2" };
-        let Row { id, what, .. } = &*self.row;
-        write!(f, "{id} {what} · {} · {protocol} · {} sick", self.endpoint.name(), self.sick)
+        write!(f, "{} {} · {}", self.row.id, self.row.what, self.place())
     }
 }
 
@@ -121,16 +128,15 @@ pub async fn play(cell: &Cell) -> Played {
     stage.fall().await;
     let watch = stage.watch(fell);
     let asked = stage.ask(FIRST, REQUESTS, EVERY, bound + GRACE).await;
-    let found = watch.await_or_stop();
+    let found = watch.found();
     played.found_out = found.iter().flatten().max().map(|at| *at - fell);
     let first_found = found.iter().flatten().min().copied();
     played.after_ejection = first_found.map_or(0, |at| stage.sick_seen_after(at));
     let reached = match cell.row.sickness {
-        // An attempt that made no connection is no attempt the replica has to carry.
-        Sickness::Refuses | Sickness::Blackhole | Sickness::Unresolvable | Sickness::Shows(_) | Sickness::Greets(_) => {
-            stage.seen() - seen_before
-        }
-        _ => stage.attempts() - sent_before,
+        // What a frozen replica was sent it has not seen.
+        Sickness::Freezes => stage.attempts() - sent_before,
+        // An attempt that made no connection is none that anybody has to carry.
+        _ => stage.seen() - seen_before,
     };
     played.amplification = reached as f64 / REQUESTS as f64;
     for asked in &asked {
@@ -170,17 +176,38 @@ pub enum Came {
 }
 
 #[derive(Clone, Debug)]
-struct Sent {
-    number: usize,
-    at: Instant,
-    came: Came,
+pub struct Sent {
+    pub number: usize,
+    pub at: Instant,
+    pub came: Came,
+}
+
+/// Sends request `number` on a connection of its own, and waits for its answer at most so long.
+pub async fn send(address: SocketAddr, endpoint: Endpoint, number: usize, padding: usize, most: Duration) -> Sent {
+    let request = endpoint.request(number, padding);
+    let at = Instant::now();
+    let answering = async {
+        if endpoint == Endpoint::Infer {
+            let answer = H2Client::connect(address).await.try_send(&request).await;
+            return answer.map_err(|end| format!("{end:?}"));
+        }
+        let mut client = Client::connect(address).await;
+        // It may be answered before it was read.
+        let _ = client.write(&request.to_bytes()).await;
+        client.try_read_answer(&request.method).await.map_err(|error| error.to_string())
+    };
+    let came = match timeout(most, answering).await {
+        Ok(Ok(answer)) => Came::Answer(answer),
+        Ok(Err(why)) => Came::Nothing(why),
+        Err(_) => Came::Late,
+    };
+    Sent { number, at, came }
 }
 
 struct Stage<'c> {
     cell: &'c Cell,
     replicas: Vec<Arc<Replica>>,
     proxy: Arc<Proxy>,
-    builder: ProxyBuilder,
     authority: Option<Authority>,
     holes: Vec<NeverAccepting>,
     /// Sicknesses that take their course.
@@ -205,7 +232,7 @@ impl<'c> Stage<'c> {
             proxy.probed().await;
         }
         let courses = JoinSet::new();
-        Self { cell, replicas, proxy, builder, authority, holes: Vec::new(), courses }
+        Self { cell, replicas, proxy, authority, holes: Vec::new(), courses }
     }
 
     fn case(&self) -> Case {
@@ -229,25 +256,11 @@ impl<'c> Stage<'c> {
             let most = if leaves { LEAVES_AFTER } else { most };
             let (endpoint, padding, address) = (self.cell.endpoint, self.cell.row.padding, self.proxy.addr);
             asking.spawn(async move {
-                let request = endpoint.request(number, padding);
-                let at = Instant::now();
-                let answering = async {
-                    if endpoint == Endpoint::Infer {
-                        let answer = H2Client::connect(address).await.try_send(&request).await;
-                        return answer.map_err(|end| format!("{end:?}"));
-                    }
-                    let mut client = Client::connect(address).await;
-                    // It may be answered before it was read.
-                    let _ = client.write(&request.to_bytes()).await;
-                    client.try_read_answer(&request.method).await.map_err(|error| error.to_string())
-                };
-                let came = match timeout(most, answering).await {
-                    Ok(Ok(answer)) => Came::Answer(answer),
-                    Ok(Err(why)) => Came::Nothing(why),
-                    Err(_) if leaves => Came::Left(Instant::now()),
-                    Err(_) => Came::Late,
-                };
-                Sent { number, at, came }
+                let sent = send(address, endpoint, number, padding, most).await;
+                match sent.came {
+                    Came::Late if leaves => Sent { came: Came::Left(Instant::now()), ..sent },
+                    _ => sent,
+                }
             });
         }
         let mut sent = asking.join_all().await;
@@ -460,7 +473,7 @@ impl<'c> Stage<'c> {
     fn judge_left(&self, number: usize, left: Instant) -> Result<(), String> {
         let seen: Vec<_> =
             self.replicas.iter().flat_map(|replica| replica.seen()).filter(|seen| seen.number == Some(number)).collect();
-        match seen.iter().find(|seen| seen.gone.or(seen.served).is_none_or(|over| over > left + AT_ONCE)) {
+        match seen.iter().find(|seen| seen.end.is_none_or(|(_, at)| at > left + AT_ONCE)) {
             None => Ok(()),
             Some(seen) => Err(format!("the client left and {AT_ONCE:?} later its work went on: {seen:?}")),
         }
@@ -486,14 +499,15 @@ impl<'c> Stage<'c> {
 
     /// Which replica saw what of a request.
     fn story(&self, number: usize, since: Instant) -> String {
-        let mut story = format!("\n    replicas: {}", self.states());
+        let mut story = format!("\n    replicas by now: {}", self.states());
         for (nth, replica) in self.replicas.iter().enumerate() {
             for seen in replica.seen().iter().filter(|seen| seen.number == Some(number)) {
                 let after = |at: Instant| at.saturating_duration_since(since).as_millis();
-                let end = match (seen.served, seen.gone) {
-                    (Some(at), _) => format!("served by {} ms", after(at)),
-                    (_, Some(at)) => format!("left by its peer at {} ms", after(at)),
-                    _ => "ended by itself".to_owned(),
+                let end = match seen.end {
+                    Some((End::Served, at)) => format!("served by {} ms", after(at)),
+                    Some((End::Spoilt, at)) => format!("spoilt by {} ms", after(at)),
+                    Some((End::Left, at)) => format!("left by its peer at {} ms", after(at)),
+                    None => "still at it".to_owned(),
                 };
                 let _ = write!(story, "\n    replica {nth} saw it at {} ms, connection {}, request {} of it, {end}",
                     after(seen.at), seen.connection, seen.index);
@@ -509,7 +523,8 @@ struct Watch {
 }
 
 impl Watch {
-    fn await_or_stop(self) -> Vec<Option<Instant>> {
+    /// When each was found out, as far as it was.
+    fn found(self) -> Vec<Option<Instant>> {
         self.found.lock().clone()
     }
 }
@@ -523,8 +538,8 @@ fn pool(cell: &Cell, authority: Option<&Authority>) -> ProxyBuilder {
     if let Some(authority) = authority {
         builder = builder.set("pool.tls.ca", authority.ca_path().to_str().unwrap());
     }
-    // Three attempts reach three replicas. When all three of them may be sick, a fourth must be allowed.
-    if cell.sick >= 3 {
+    // Three attempts, the default, may all meet sick ones when three of four are: a fourth is allowed then.
+    if cell.sick == 3 {
         builder = builder.set("pool.retry.attempts_max", 4);
     }
     builder
@@ -611,7 +626,3 @@ fn is_overload(answer: &Answer) -> Result<String, String> {
     if is_honest && body["error"]["message"].is_string() { Ok(told) } else { Err(told) }
 }
 
-/// Waits until nothing of a stage is running any more.
-pub async fn is_quiet(proxy: &Proxy) {
-    eventually(PATIENCE, || proxy.telemetry.metrics.exchanges.in_flight() == 0).await;
-}

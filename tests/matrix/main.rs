@@ -9,6 +9,7 @@
 #![allow(clippy::unwrap_used)]
 // Tests measure real time; only the crate itself must go through its clock.
 #![allow(clippy::disallowed_methods)]
+#![allow(unreachable_pub)]
 
 mod acceptance;
 mod api;
@@ -25,13 +26,11 @@ use std::time::Instant;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
-use crate::api::Endpoint;
 use crate::cell::{Cell, Played};
 use crate::rows::{Row, rows};
-use crate::support::either::Http;
 
 /// Cells that run at a time. They mostly wait; more of them would wait for the processor.
-const AT_A_TIME: usize = 8;
+const AT_A_TIME: usize = 16;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_fault_once() {
@@ -116,6 +115,3 @@ fn assert_is_well(played: &[(Cell, Played)]) {
     }
     assert!(sick.is_empty(), "{} of {} cells did not keep the promise:\n{told}", sick.len(), played.len());
 }
-
-/// The columns of the table.
-pub const COLUMNS: [(Endpoint, Http); 2] = [(Endpoint::ChatStream, Http::One), (Endpoint::ChatStream, Http::Two)];

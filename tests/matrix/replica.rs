@@ -86,8 +86,6 @@ pub struct Asked {
     pub index: usize,
     /// Which of the numbered requests since the conduct was set, from 0.
     pub nth: usize,
-    /// Since the conduct was set.
-    pub since: Duration,
     /// The replica's own number.
     pub replica: usize,
 }
@@ -95,15 +93,30 @@ pub struct Asked {
 /// What a replica remembers of a request.
 #[derive(Clone, Debug)]
 pub struct Seen {
-    pub path: String,
     pub number: Option<usize>,
     pub connection: usize,
     pub index: usize,
     pub at: Instant,
-    /// Answered as a healthy replica would, to the end.
-    pub served: Option<Instant>,
-    /// When the peer left it unfinished.
-    pub gone: Option<Instant>,
+    /// When the first of the answer's body went out.
+    pub said: Option<Instant>,
+    pub end: Option<(End, Instant)>,
+}
+
+/// How a request ended for its replica.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// Answered as a healthy replica would.
+    Served,
+    /// The replica did what its sickness is.
+    Spoilt,
+    /// The peer left it unfinished.
+    Left,
+}
+
+impl Seen {
+    pub fn ended(&self, end: End) -> Option<Instant> {
+        self.end.filter(|(given, _)| *given == end).map(|(_, at)| at)
+    }
 }
 
 /// What to do with a request; none: what a healthy replica does.
@@ -120,7 +133,7 @@ struct State {
     http: Http,
     address: SocketAddr,
     tls: Mutex<Option<TlsAcceptor>>,
-    conduct: Mutex<(Conduct, Instant)>,
+    conduct: Mutex<Conduct>,
     numbered: AtomicUsize,
     pace: Mutex<Pace>,
     /// What a connection does before anything else, and instead of it.
@@ -128,6 +141,7 @@ struct State {
     seen: Mutex<Vec<Seen>>,
     opened: AtomicUsize,
     frozen: watch::Sender<bool>,
+    held: watch::Sender<bool>,
     dying: AtomicBool,
     listener: Mutex<Option<JoinHandle<()>>>,
     connections: Mutex<JoinSet<()>>,
@@ -141,13 +155,14 @@ impl Replica {
             http,
             address: port.addr(),
             tls: Mutex::new(tls.map(ServerTls::acceptor)),
-            conduct: Mutex::new((healthy(), Instant::now())),
+            conduct: Mutex::new(healthy()),
             numbered: AtomicUsize::new(0),
             pace: Mutex::new(Pace::USUAL),
             greeting: Mutex::new(None),
             seen: Mutex::default(),
             opened: AtomicUsize::new(0),
             frozen: watch::Sender::new(false),
+            held: watch::Sender::new(false),
             dying: AtomicBool::new(false),
             listener: Mutex::new(None),
             connections: Mutex::default(),
@@ -168,7 +183,7 @@ impl Replica {
     /// From now on it answers so.
     pub fn conduct(&self, conduct: Conduct) {
         self.state.numbered.store(0, SeqCst);
-        *self.state.conduct.lock() = (conduct, Instant::now());
+        *self.state.conduct.lock() = conduct;
     }
 
     pub fn pace(&self, pace: Pace) {
@@ -193,6 +208,11 @@ impl Replica {
     /// Like SIGCONT.
     pub fn thaw(&self) {
         self.state.frozen.send_replace(false);
+    }
+
+    /// Like a long prefill that stops all decoding: no answer goes on, probes are answered.
+    pub fn hold(&self, held: bool) {
+        self.state.held.send_replace(held);
     }
 
     /// Death of the process: connections are reset, further ones refused.
@@ -220,7 +240,7 @@ impl Replica {
 
     /// Whether it has answered a numbered request well since `since`.
     pub fn has_served_since(&self, since: Instant) -> bool {
-        self.state.seen.lock().iter().any(|seen| seen.number.is_some() && seen.at > since && seen.served.is_some())
+        self.state.seen.lock().iter().any(|seen| seen.number.is_some() && seen.at > since && seen.ended(End::Served).is_some())
     }
 }
 
@@ -305,12 +325,10 @@ impl State {
     fn asked(&self, path: &str, number: Option<usize>, connection: usize, index: usize) -> (usize, Option<Vec<Act>>) {
         let at = Instant::now();
         let nth = if number.is_some() { self.numbered.fetch_add(1, SeqCst) } else { 0 };
-        let (conduct, set) = self.conduct.lock().clone();
-        let path = path.to_owned();
-        let asked =
-            Asked { path: path.clone(), number, index, nth, since: at - set, replica: self.number };
+        let conduct = Arc::clone(&self.conduct.lock());
+        let asked = Asked { path: path.to_owned(), number, index, nth, replica: self.number };
         let mut seen = self.seen.lock();
-        seen.push(Seen { path, number, connection, index, at, served: None, gone: None });
+        seen.push(Seen { number, connection, index, at, said: None, end: None });
         let entry = seen.len() - 1;
         drop(seen);
         (entry, conduct(&asked))
@@ -325,27 +343,46 @@ impl State {
     }
 }
 
-/// Says how a request ended for the replica: without a word the peer left it.
+/// Writes down what becomes of a request: without a word the peer left it.
 struct Note {
     state: Arc<State>,
     entry: usize,
-    over: bool,
+    /// Decoding may be held up (`Replica::hold`); probes are not decoded.
+    decodes: bool,
+    end: End,
 }
 
 impl Note {
-    fn served(&mut self, well: bool) {
-        self.over = true;
-        if well {
-            self.state.seen.lock()[self.entry].served = Some(Instant::now());
+    fn new(state: &Arc<State>, entry: usize, number: Option<usize>) -> Self {
+        Self { state: Arc::clone(state), entry, decodes: number.is_some(), end: End::Left }
+    }
+
+    /// Before an act.
+    async fn before(&self, act: &Act) {
+        if self.decodes {
+            let _ = self.state.held.subscribe().wait_for(|held| !held).await;
         }
+        if matches!(act, Act::Data(_)) {
+            self.state.seen.lock()[self.entry].said.get_or_insert_with(Instant::now);
+        }
+    }
+
+    /// After the act that ended the connection or the stream.
+    fn over(&mut self, ours: bool) {
+        if ours {
+            self.end = End::Spoilt;
+        }
+    }
+
+    /// After the last act.
+    fn done(&mut self, well: bool) {
+        self.end = if well { End::Served } else { End::Spoilt };
     }
 }
 
 impl Drop for Note {
     fn drop(&mut self) {
-        if !self.over {
-            self.state.seen.lock()[self.entry].gone = Some(Instant::now());
-        }
+        self.state.seen.lock()[self.entry].end = Some((self.end, Instant::now()));
     }
 }
 
@@ -535,7 +572,7 @@ impl One {
             let number = field(NUMBER).and_then(|number| number.parse().ok());
             let length = field("content-length").and_then(|length| length.parse().ok()).unwrap_or(0);
             let (entry, acts) = self.state.asked(&path, number, self.number, index);
-            let mut note = Note { state: Arc::clone(&self.state), entry, over: false };
+            let mut note = Note::new(&self.state, entry, number);
             let mut body = Bytes::new();
             if !matches!(acts.as_deref(), Some([Act::Deaf, ..])) {
                 let Some(read) = self.read_exactly(length).await else { return };
@@ -545,12 +582,13 @@ impl One {
             let acts = acts.unwrap_or_else(|| self.state.healthy(&path, &body));
             for act in acts {
                 let ours = matches!(act, Act::Cut | Act::Fin | Act::Kill | Act::Die(_));
+                note.before(&act).await;
                 if self.act(act).await == Flow::Over {
-                    note.over = ours;
+                    note.over(ours);
                     return;
                 }
             }
-            note.served(well);
+            note.done(well);
         }
     }
 
@@ -708,7 +746,7 @@ impl Two {
         let path = request.uri().path().to_owned();
         let number = request.headers().get(NUMBER).and_then(|number| number.to_str().ok()?.parse().ok());
         let (entry, acts) = self.state.asked(&path, number, connection, index);
-        let mut note = Note { state: Arc::clone(&self.state), entry, over: false };
+        let mut note = Note::new(&self.state, entry, number);
         let mut incoming = request.into_body();
         let mut body = BytesMut::new();
         if !matches!(acts.as_deref(), Some([Act::Deaf, ..])) {
@@ -721,12 +759,13 @@ impl Two {
         let well = acts.is_none();
         for act in acts.unwrap_or_else(|| self.state.healthy(&path, &body)) {
             let ours = matches!(act, Act::Cut | Act::Fin | Act::Kill | Act::Die(_));
+            note.before(&act).await;
             if self.act(act).await == Flow::Over {
-                note.over = ours;
+                note.over(ours);
                 return;
             }
         }
-        note.served(well);
+        note.done(well);
         // The stream's end is on its way when the peer has let go of it, or the connection ends.
         drop(incoming);
     }

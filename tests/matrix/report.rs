@@ -1,16 +1,111 @@
-//! The matrix as a table: a line for each row, the worst of its cells in each column.
+//! The matrix as a document: a line for each row, the worst of its cells in each column, and what did not
+//! keep its promise by name.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
+use std::sync::Arc;
 use std::time::Duration;
 
-use crate::cell::{Cell, Played};
+use crate::cell::{ADDED_MAX, Cell, Played, REPLICAS, REQUESTS};
 use crate::rows::NOT_HERE;
 
+/// Longest line of prose in a document (`tests/docs.rs`).
+const LINE_CHARS_MAX: usize = 120;
+
 /// The document, as Markdown.
-pub fn markdown(_played: &[(Cell, Played)], _took: Duration) -> String {
-    let mut text = String::new();
+pub fn markdown(played: &[(Cell, Played)], took: Duration) -> String {
+    let kept = played.iter().filter(|(_, played)| played.wrong.is_empty()).count();
+    let mut text = String::from("# The fault matrix\n\n");
+    paragraph(
+        &mut text,
+        &format!(
+            "{kept} of {} cells kept the promise. A cell is a fault at a kind of endpoint (chat stream, chat, \
+             completions stream, embeddings, Anthropic messages stream; gRPC in F38), with backends of HTTP/1.1 or of \
+             HTTP/2, and one, two or three of {REPLICAS} sick. Each is {REQUESTS} requests, 20 a second, behind a real \
+             evergate with default settings (with three sick `attempts_max = 4`: three attempts could all meet sick \
+             ones). The promise: every answer arrives, byte for byte that of one backend, within the p99 of the same \
+             cell's healthy requests and {} s, and the connect clock where no connection stands; in F11, F14 and F31 \
+             to F34 what the line says.",
+            played.len(),
+            ADDED_MAX.as_secs()
+        ),
+    );
+    paragraph(
+        &mut text,
+        &format!(
+            "Made by `EVERGATE_MATRIX_OUT=docs/matrix.md cargo test --test matrix -- --ignored whole` in {} minutes; \
+             `cargo test` plays each line once. An unoptimized build on a shared machine: the times say whether a \
+             promise was kept, not how fast evergate is.",
+            took.as_secs().div_ceil(60)
+        ),
+    );
+    paragraph(
+        &mut text,
+        "Of each line the worst cell: *added*, what the slowest request took longer than a healthy one; *after*, \
+         requests that sick backends saw after the first of them was found out (trials included); *attempts*, those \
+         that reached a backend, for each request; *back*, from being healed to serving again.",
+    );
+    text += "| id | fault | cells | kept | added | after | attempts | back |\n";
+    text += "|---|---|---|---|---|---|---|---|\n";
+    for line in played.chunk_by(|(a, _), (b, _)| Arc::ptr_eq(&a.row, &b.row)) {
+        let row = &line[0].0.row;
+        let of = |worst: &dyn Fn(&Played) -> Duration| line.iter().map(|(_, played)| worst(played)).max().unwrap();
+        let after = line.iter().map(|(_, played)| played.after_ejection).max().unwrap();
+        let attempts = line.iter().map(|(_, played)| played.amplification).fold(0.0, f64::max);
+        let kept = line.iter().filter(|(_, played)| played.wrong.is_empty()).count();
+        let kept = if kept == line.len() { "all".to_owned() } else { format!("**{kept}**") };
+        let back = line.iter().filter_map(|(_, played)| played.returned).max();
+        let back = back.map_or("–".to_owned(), seconds);
+        let added = seconds(of(&Played::added));
+        let _ = writeln!(
+            text,
+            "| {} | {} | {} | {kept} | {added} | {after} | {attempts:.2} | {back} |",
+            row.id,
+            row.what,
+            line.len()
+        );
+    }
+    let broken: Vec<&(Cell, Played)> = played.iter().filter(|(_, played)| !played.wrong.is_empty()).collect();
+    if !broken.is_empty() {
+        text += "\n## Not kept\n\n";
+        for line in broken.chunk_by(|(a, _), (b, _)| Arc::ptr_eq(&a.row, &b.row)) {
+            let (cell, _) = line[0];
+            let places: BTreeSet<String> = line.iter().map(|(cell, _)| cell.place()).collect();
+            let failed: usize = line.iter().map(|(_, played)| played.failed).sum();
+            let places = places.into_iter().collect::<Vec<_>>().join(", ");
+            wrapped(&mut text, &format!("- {} {}, {failed} requests: {places}", cell.row.id, cell.row.what));
+        }
+    }
+    text += "\n## Not here\n\n";
     for (what, why) in NOT_HERE {
-        let _ = writeln!(text, "- {what}: {why}");
+        wrapped(&mut text, &format!("- {what}: {why}"));
     }
     text
+}
+
+fn seconds(time: Duration) -> String {
+    format!("{:.1} s", time.as_secs_f64())
+}
+
+fn paragraph(text: &mut String, words: &str) {
+    wrapped(text, words);
+    text.push('\n');
+}
+
+/// Appends these words, broken into lines.
+fn wrapped(text: &mut String, words: &str) {
+    let mut chars = 0;
+    for word in words.split_whitespace() {
+        let length = word.chars().count();
+        if chars > 0 && chars + 1 + length > LINE_CHARS_MAX {
+            text.push_str(if words.starts_with("- ") { "\n  " } else { "\n" });
+            chars = 2;
+        } else if chars > 0 {
+            text.push(' ');
+            chars += 1;
+        }
+        text.push_str(word);
+        chars += length;
+    }
+    text.push('\n');
 }
