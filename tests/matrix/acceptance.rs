@@ -68,7 +68,10 @@ impl Pool {
     async fn warmed_up(&self) -> Duration {
         const WARM_UP: usize = 40;
         let sent = self.traffic(0, WARM_UP, PATIENCE).join_all().await.concat();
-        sent.iter().map(|sent| self.rightly(sent, PATIENCE).unwrap_or_else(|why| panic!("{why}"))).max().unwrap()
+        sent.iter()
+            .map(|sent| self.rightly(sent, PATIENCE).unwrap_or_else(|why| panic!("{why}")))
+            .max()
+            .unwrap()
     }
 
     /// How long a right answer took.
@@ -79,7 +82,12 @@ impl Pool {
         let right = Endpoint::ChatStream.check(sent.number, REPLICAS, false, answer);
         match right {
             Ok(()) if answer.elapsed <= bound => Ok(answer.elapsed),
-            Ok(()) => Err(format!("{} took {:?} of {bound:?}\n{}", sent.number, answer.elapsed, self.story(sent.number))),
+            Ok(()) => Err(format!(
+                "{} took {:?} of {bound:?}\n{}",
+                sent.number,
+                answer.elapsed,
+                self.story(sent.number)
+            )),
             Err(why) => Err(format!("{}: {why}\n{}", sent.number, self.story(sent.number))),
         }
     }
@@ -87,7 +95,8 @@ impl Pool {
     /// Which replica saw what of a request.
     fn story(&self, number: usize) -> String {
         let of = |(nth, replica): (usize, &Arc<Replica>)| {
-            let seen = replica.seen().into_iter().filter(|seen| seen.number == Some(number)).collect::<Vec<_>>();
+            let seen =
+                replica.seen().into_iter().filter(|seen| seen.number == Some(number)).collect::<Vec<_>>();
             format!("  replica {nth}, {}: {seen:?}\n", state(&self.proxy, replica.addr()))
         };
         self.replicas.iter().enumerate().map(of).collect()
@@ -116,7 +125,11 @@ impl Pool {
     /// Attempts that were begun and given up.
     fn left(&self) -> usize {
         let of = |replica: &Arc<Replica>| {
-            replica.seen().iter().filter(|seen| seen.number.is_some() && seen.ended(End::Left).is_some()).count()
+            replica
+                .seen()
+                .iter()
+                .filter(|seen| seen.number.is_some() && seen.ended(End::Left).is_some())
+                .count()
         };
         self.replicas.iter().map(of).sum()
     }
@@ -179,7 +192,8 @@ async fn all_slow(endpoint: Endpoint, pace: Pace, requests: usize) {
     let pool = Pool::start(pace).await;
     let address = pool.proxy.addr;
     let most = pace.first * 2 + PATIENCE;
-    let asking: JoinSet<Sent> = (0..requests).map(|number| send(address, endpoint, number, 0, most)).collect();
+    let asking: JoinSet<Sent> =
+        (0..requests).map(|number| send(address, endpoint, number, 0, most)).collect();
     for sent in asking.join_all().await {
         let Came::Answer(answer) = &sent.came else {
             panic!("{:?}\n{}", sent.came, pool.story(sent.number));

@@ -106,7 +106,8 @@ impl Endpoint {
     /// The body replica `replica` answers request `number` with: an event a piece, or all in one.
     pub fn pieces(self, number: usize, replica: usize) -> Vec<String> {
         let tokens = tokens(number);
-        let usage = json!({"prompt_tokens": 4, "completion_tokens": tokens.len(), "total_tokens": tokens.len() + 4});
+        let usage =
+            json!({"prompt_tokens": 4, "completion_tokens": tokens.len(), "total_tokens": tokens.len() + 4});
         match self {
             Self::ChatStream => {
                 let event = |choices: Value, usage: Option<&Value>| {
@@ -141,8 +142,7 @@ impl Endpoint {
                         "choices": [{"index": 0, "text": text, "finish_reason": finish}]});
                     format!("data: {chunk}\n\n")
                 };
-                let mut events: Vec<String> =
-                    tokens.iter().map(|token| event(token, Value::Null)).collect();
+                let mut events: Vec<String> = tokens.iter().map(|token| event(token, Value::Null)).collect();
                 events.push(event("", json!("stop")));
                 events.push("data: [DONE]\n\n".to_owned());
                 events
@@ -179,7 +179,8 @@ impl Endpoint {
                 }));
                 events.push(event("content_block_stop", json!({"index": 0})));
                 let usage = json!({"output_tokens": tokens.len()});
-                let delta = json!({"delta": {"stop_reason": "end_turn", "stop_sequence": null}, "usage": usage});
+                let delta =
+                    json!({"delta": {"stop_reason": "end_turn", "stop_sequence": null}, "usage": usage});
                 events.push(event("message_delta", delta));
                 events.push(event("message_stop", json!({})));
                 events
@@ -266,8 +267,16 @@ impl Endpoint {
 
     /// Whether `answer` is the one and whole answer of one of `replicas` replicas to request `number`;
     /// if not, what is wrong with it.
-    pub fn check(self, number: usize, replicas: usize, may_lack_usage: bool, answer: &Answer) -> Result<(), String> {
-        let told = || format!("status {}, end {:?}, body {:?}", answer.status, answer.end, shortened(&answer.text()));
+    pub fn check(
+        self,
+        number: usize,
+        replicas: usize,
+        may_lack_usage: bool,
+        answer: &Answer,
+    ) -> Result<(), String> {
+        let told = || {
+            format!("status {}, end {:?}, body {:?}", answer.status, answer.end, shortened(&answer.text()))
+        };
         if answer.status != 200 || answer.end != End::Clean {
             return Err(told());
         }

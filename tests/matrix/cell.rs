@@ -19,12 +19,12 @@ use toml::{Table, Value as Toml};
 use crate::api::{Endpoint, MODEL, Pace, shortened};
 use crate::replica::{Act, Conduct, End, Replica, healthy, models};
 use crate::rows::{Case, FIRST, POISON, Promise, Row, Sickness};
+use crate::support::PATIENCE;
 use crate::support::backend::NeverAccepting;
 use crate::support::client::{Answer, Client, H2Client};
 use crate::support::either::{AT_ONCE, Http, state};
 use crate::support::proxy::{Proxy, ProxyBuilder};
 use crate::support::tls::{Authority, Certificate};
-use crate::support::PATIENCE;
 
 pub const REPLICAS: usize = 4;
 
@@ -147,8 +147,12 @@ pub async fn play(cell: &Cell) -> Played {
         }
         if let Err(why) = stage.judge(asked, bound) {
             played.failed += 1;
-            played.wrong.push(format!("{cell}: request {} ({:?} after the fall): {why}{}",
-                asked.number, asked.at - fell, stage.story(asked.number, fell)));
+            played.wrong.push(format!(
+                "{cell}: request {} ({:?} after the fall): {why}{}",
+                asked.number,
+                asked.at - fell,
+                stage.story(asked.number, fell)
+            ));
         }
     }
     if let Err(why) = stage.judge_all(&played) {
@@ -183,7 +187,13 @@ pub struct Sent {
 }
 
 /// Sends request `number` on a connection of its own, and waits for its answer at most so long.
-pub async fn send(address: SocketAddr, endpoint: Endpoint, number: usize, padding: usize, most: Duration) -> Sent {
+pub async fn send(
+    address: SocketAddr,
+    endpoint: Endpoint,
+    number: usize,
+    padding: usize,
+    most: Duration,
+) -> Sent {
     let request = endpoint.request(number, padding);
     let at = Instant::now();
     let answering = async {
@@ -252,7 +262,8 @@ impl<'c> Stage<'c> {
             if matches!(self.cell.row.sickness, Sickness::Removed) && number == FIRST + REQUESTS / 4 {
                 self.remove();
             }
-            let leaves = matches!(self.cell.row.sickness, Sickness::ClientsLeave) && number >= FIRST && nth % 4 == 3;
+            let leaves =
+                matches!(self.cell.row.sickness, Sickness::ClientsLeave) && number >= FIRST && nth % 4 == 3;
             let most = if leaves { LEAVES_AFTER } else { most };
             let (endpoint, padding, address) = (self.cell.endpoint, self.cell.row.padding, self.proxy.addr);
             asking.spawn(async move {
@@ -357,16 +368,27 @@ impl<'c> Stage<'c> {
                     continue;
                 };
                 // What was said while it was busy may still hold.
-                let is_honest = matches!(self.cell.row.promise, Promise::AnswerOrOverload | Promise::Unavailable)
-                    && is_overload(answer).is_ok();
-                if let (false, Err(why)) = (is_honest, self.cell.endpoint.check(sent.number, REPLICAS, false, answer)) {
-                    wrong.push(format!("{}: behind the healing: {why}{}", self.cell, self.story(sent.number, healed)));
+                let is_honest =
+                    matches!(self.cell.row.promise, Promise::AnswerOrOverload | Promise::Unavailable)
+                        && is_overload(answer).is_ok();
+                if let (false, Err(why)) =
+                    (is_honest, self.cell.endpoint.check(sent.number, REPLICAS, false, answer))
+                {
+                    wrong.push(format!(
+                        "{}: behind the healing: {why}{}",
+                        self.cell,
+                        self.story(sent.number, healed)
+                    ));
                 }
             }
             first += BATCH;
         }
         if !all_serve() {
-            wrong.push(format!("{}: a healed replica does not serve within {RETURN_MAX:?}: {}", self.cell, self.states()));
+            wrong.push(format!(
+                "{}: a healed replica does not serve within {RETURN_MAX:?}: {}",
+                self.cell,
+                self.states()
+            ));
         }
         (all_serve().then(|| healed.elapsed()), wrong)
     }
@@ -382,7 +404,9 @@ impl<'c> Stage<'c> {
 
     /// Numbered requests seen by all replicas.
     fn seen(&self) -> u64 {
-        let of = |replica: &Arc<Replica>| replica.seen().iter().filter(|seen| seen.number.is_some()).count() as u64;
+        let of = |replica: &Arc<Replica>| {
+            replica.seen().iter().filter(|seen| seen.number.is_some()).count() as u64
+        };
         self.replicas.iter().map(of).sum()
     }
 
@@ -394,8 +418,12 @@ impl<'c> Stage<'c> {
     }
 
     fn states(&self) -> String {
-        let names: Vec<&str> =
-            self.replicas.iter().filter(|replica| self.is_listed(replica)).map(|replica| state(&self.proxy, replica.addr())).collect();
+        let names: Vec<&str> = self
+            .replicas
+            .iter()
+            .filter(|replica| self.is_listed(replica))
+            .map(|replica| state(&self.proxy, replica.addr()))
+            .collect();
         names.join(", ")
     }
 
@@ -429,14 +457,15 @@ impl<'c> Stage<'c> {
 
     fn judge(&self, sent: &Sent, bound: Duration) -> Result<(), String> {
         let case = self.case();
-        let right = |but_usage: bool, answer: &Answer| {
-            case.endpoint.check(sent.number, REPLICAS, but_usage, answer)
-        };
+        let right =
+            |but_usage: bool, answer: &Answer| case.endpoint.check(sent.number, REPLICAS, but_usage, answer);
         let answer = match &sent.came {
             Came::Answer(answer) => answer,
             Came::Left(left) => return self.judge_left(sent.number, *left),
             Came::Nothing(why) => return Err(format!("no answer at all: {why}")),
-            Came::Late => return Err(format!("no answer within {:?}, where {bound:?} is the bound", bound + GRACE)),
+            Came::Late => {
+                return Err(format!("no answer within {:?}, where {bound:?} is the bound", bound + GRACE));
+            }
         };
         match self.cell.row.promise {
             Promise::Answer | Promise::AnswerToWhoStays => right(false, answer)?,
@@ -444,7 +473,11 @@ impl<'c> Stage<'c> {
             Promise::Relayed(expected) => {
                 let expected = expected(sent.number, case);
                 if (answer.status, answer.text()) != expected {
-                    return Err(format!("{} {:?} instead of {expected:?}", answer.status, shortened(&answer.text())));
+                    return Err(format!(
+                        "{} {:?} instead of {expected:?}",
+                        answer.status,
+                        shortened(&answer.text())
+                    ));
                 }
             }
             Promise::Unavailable => {
@@ -471,8 +504,12 @@ impl<'c> Stage<'c> {
 
     /// The work of a client who left at `left` must have been cancelled at once.
     fn judge_left(&self, number: usize, left: Instant) -> Result<(), String> {
-        let seen: Vec<_> =
-            self.replicas.iter().flat_map(|replica| replica.seen()).filter(|seen| seen.number == Some(number)).collect();
+        let seen: Vec<_> = self
+            .replicas
+            .iter()
+            .flat_map(|replica| replica.seen())
+            .filter(|seen| seen.number == Some(number))
+            .collect();
         match seen.iter().find(|seen| seen.end.is_none_or(|(_, at)| at > left + AT_ONCE)) {
             None => Ok(()),
             Some(seen) => Err(format!("the client left and {AT_ONCE:?} later its work went on: {seen:?}")),
@@ -488,9 +525,11 @@ impl<'c> Stage<'c> {
                 Err(format!("{:.2} attempts for a request that nobody can answer", played.amplification))
             }
             Promise::PoisonFails => {
-                let deaths: usize = self.replicas.iter().map(|replica| {
-                    replica.seen().iter().filter(|seen| seen.number == Some(POISON)).count()
-                }).sum();
+                let deaths: usize = self
+                    .replicas
+                    .iter()
+                    .map(|replica| replica.seen().iter().filter(|seen| seen.number == Some(POISON)).count())
+                    .sum();
                 if deaths <= 2 { Ok(()) } else { Err(format!("{deaths} replicas killed by one request")) }
             }
             _ => Ok(()),
@@ -509,8 +548,13 @@ impl<'c> Stage<'c> {
                     Some((End::Left, at)) => format!("left by its peer at {} ms", after(at)),
                     None => "still at it".to_owned(),
                 };
-                let _ = write!(story, "\n    replica {nth} saw it at {} ms, connection {}, request {} of it, {end}",
-                    after(seen.at), seen.connection, seen.index);
+                let _ = write!(
+                    story,
+                    "\n    replica {nth} saw it at {} ms, connection {}, request {} of it, {end}",
+                    after(seen.at),
+                    seen.connection,
+                    seen.index
+                );
             }
         }
         story
@@ -619,10 +663,10 @@ fn other_model(case: Case) -> Conduct {
 /// A refusal that says when to come back, in the words of some API.
 fn is_overload(answer: &Answer) -> Result<String, String> {
     let text = shortened(&answer.text());
-    let told = format!("status {}, retry-after {:?}, body {text:?}", answer.status, answer.header("retry-after"));
+    let told =
+        format!("status {}, retry-after {:?}, body {text:?}", answer.status, answer.header("retry-after"));
     let seconds = answer.header("retry-after").and_then(|seconds| seconds.parse::<u32>().ok());
     let body: Value = serde_json::from_slice(&answer.body).unwrap_or_default();
     let is_honest = matches!(answer.status, 429 | 503 | 529) && seconds.is_some_and(|seconds| seconds >= 1);
     if is_honest && body["error"]["message"].is_string() { Ok(told) } else { Err(told) }
 }
-

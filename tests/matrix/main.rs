@@ -30,7 +30,7 @@ use crate::cell::{Cell, Played};
 use crate::rows::{Row, rows};
 
 /// Cells that run at a time. They mostly wait; more of them would wait for the processor.
-const AT_A_TIME: usize = 16;
+const AT_A_TIME: usize = 20;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_fault_once() {

@@ -84,10 +84,20 @@ pub struct Asked {
     pub number: Option<usize>,
     /// Which request of its connection, from 0.
     pub index: usize,
+    /// Nothing else was running on its connection.
+    pub alone: bool,
     /// Which of the numbered requests since the conduct was set, from 0.
     pub nth: usize,
     /// The replica's own number.
     pub replica: usize,
+}
+
+/// Where a request came.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    connection: usize,
+    index: usize,
+    alone: bool,
 }
 
 /// What a replica remembers of a request.
@@ -240,7 +250,11 @@ impl Replica {
 
     /// Whether it has answered a numbered request well since `since`.
     pub fn has_served_since(&self, since: Instant) -> bool {
-        self.state.seen.lock().iter().any(|seen| seen.number.is_some() && seen.at > since && seen.ended(End::Served).is_some())
+        self.state
+            .seen
+            .lock()
+            .iter()
+            .any(|seen| seen.number.is_some() && seen.at > since && seen.ended(End::Served).is_some())
     }
 }
 
@@ -271,7 +285,8 @@ pub fn probed(path: &str) -> Vec<Act> {
 
 /// The list of these models.
 pub fn models(names: &[&str]) -> Vec<Act> {
-    let data: Vec<String> = names.iter().map(|name| format!(r#"{{"id":"{name}","object":"model"}}"#)).collect();
+    let data: Vec<String> =
+        names.iter().map(|name| format!(r#"{{"id":"{name}","object":"model"}}"#)).collect();
     let list = format!(r#"{{"object":"list","data":[{}]}}"#, data.join(","));
     api::sized(200, vec![("content-type", "application/json".to_owned())], &list)
 }
@@ -322,11 +337,12 @@ impl State {
     }
 
     /// Writes a request down and says what to do with it; none: be healthy.
-    fn asked(&self, path: &str, number: Option<usize>, connection: usize, index: usize) -> (usize, Option<Vec<Act>>) {
+    fn asked(&self, path: &str, number: Option<usize>, place: Place) -> (usize, Option<Vec<Act>>) {
+        let Place { connection, index, alone } = place;
         let at = Instant::now();
         let nth = if number.is_some() { self.numbered.fetch_add(1, SeqCst) } else { 0 };
         let conduct = Arc::clone(&self.conduct.lock());
-        let asked = Asked { path: path.to_owned(), number, index, nth, replica: self.number };
+        let asked = Asked { path: path.to_owned(), number, index, alone, nth, replica: self.number };
         let mut seen = self.seen.lock();
         seen.push(Seen { number, connection, index, at, said: None, end: None });
         let entry = seen.len() - 1;
@@ -396,7 +412,8 @@ async fn connection(state: Arc<State>, stream: TcpStream) {
     let line = Line { wire: wire.clone(), state: Arc::clone(&state), thaw: None, pause: None };
     let greeting = state.greeting.lock().clone();
     if let Some(acts) = greeting {
-        let mut speaker = One { io: Box::new(line), wire, state, number, read: BytesMut::new(), chunked: false };
+        let mut speaker =
+            One { io: Box::new(line), wire, state, number, read: BytesMut::new(), chunked: false };
         for act in acts {
             if speaker.act(act).await == Flow::Over {
                 return;
@@ -571,7 +588,8 @@ impl One {
             let field = |name: &str| fields.iter().find(|(given, _)| given == name).map(|(_, value)| *value);
             let number = field(NUMBER).and_then(|number| number.parse().ok());
             let length = field("content-length").and_then(|length| length.parse().ok()).unwrap_or(0);
-            let (entry, acts) = self.state.asked(&path, number, self.number, index);
+            let (entry, acts) =
+                self.state.asked(&path, number, Place { connection: self.number, index, alone: true });
             let mut note = Note::new(&self.state, entry, number);
             let mut body = Bytes::new();
             if !matches!(acts.as_deref(), Some([Act::Deaf, ..])) {
@@ -718,7 +736,9 @@ async fn two(io: Box<dyn Io>, wire: Wire, state: Arc<State>, number: usize) {
                         state: Arc::clone(&state),
                         orders: orders.clone(),
                     };
-                    answers.spawn(stream.answer(request, number, index));
+                    while answers.try_join_next().is_some() {}
+                    let place = Place { connection: number, index, alone: answers.is_empty() };
+                    answers.spawn(stream.answer(request, place));
                     index += 1;
                 }
                 _ => return,
@@ -742,10 +762,10 @@ struct Two {
 }
 
 impl Two {
-    async fn answer(mut self, request: http::Request<RecvStream>, connection: usize, index: usize) {
+    async fn answer(mut self, request: http::Request<RecvStream>, place: Place) {
         let path = request.uri().path().to_owned();
         let number = request.headers().get(NUMBER).and_then(|number| number.to_str().ok()?.parse().ok());
-        let (entry, acts) = self.state.asked(&path, number, connection, index);
+        let (entry, acts) = self.state.asked(&path, number, place);
         let mut note = Note::new(&self.state, entry, number);
         let mut incoming = request.into_body();
         let mut body = BytesMut::new();

@@ -49,7 +49,8 @@ pub fn markdown(played: &[(Cell, Played)], took: Duration) -> String {
     text += "|---|---|---|---|---|---|---|---|\n";
     for line in played.chunk_by(|(a, _), (b, _)| Arc::ptr_eq(&a.row, &b.row)) {
         let row = &line[0].0.row;
-        let of = |worst: &dyn Fn(&Played) -> Duration| line.iter().map(|(_, played)| worst(played)).max().unwrap();
+        let of =
+            |worst: &dyn Fn(&Played) -> Duration| line.iter().map(|(_, played)| worst(played)).max().unwrap();
         let after = line.iter().map(|(_, played)| played.after_ejection).max().unwrap();
         let attempts = line.iter().map(|(_, played)| played.amplification).fold(0.0, f64::max);
         let kept = line.iter().filter(|(_, played)| played.wrong.is_empty()).count();
