@@ -140,8 +140,9 @@ impl Pool {
         assert!(out.is_empty(), "out, though only slow: {out:?}");
         assert_eq!(self.faults(), 0, "slowness was counted as a fault");
         let events = self.proxy.telemetry.events.latest();
-        let ejections: Vec<_> = events.iter().filter(|event| event.event.contains("eject")).collect();
-        assert!(ejections.is_empty(), "{:?}", ejections.iter().map(|event| &event.text).collect::<Vec<_>>());
+        let blamed = events.iter().filter(|event| matches!(event.event, "ejected" | "probes_failed"));
+        let blamed: Vec<&String> = blamed.map(|event| &event.text).collect();
+        assert!(blamed.is_empty(), "{blamed:?}");
     }
 }
 

@@ -360,6 +360,8 @@ fn behind_the_head() -> Vec<Row> {
             let mut acts = case.endpoint.begun(number, asked.replica, case.endpoint.up_to_finish(number));
             // Over HTTP/2 a reset of the connection would take streams with it that are not finished.
             let dies = case.http == Http::One && asked.nth.is_multiple_of(2);
+            // What a reset overtakes has not been said.
+            acts.push(Act::Wait(Pace::USUAL.gap));
             acts.push(if dies { Act::Kill } else { Act::Cut });
             Some(acts)
         })
@@ -426,7 +428,7 @@ fn over_time() -> Vec<Row> {
         )
         .sick(&[1, 2, 3, 4]),
         Row::ill("F27", "a fifth of the requests fails", |asked, case| {
-            (asked.nth % 5 == 1).then(|| error(500, case))
+            ((asked.nth + asked.replica) % 5 == 1).then(|| error(500, case))
         }),
         // What fails in no time has nothing in flight, and looks like the least loaded.
         Row::ill("F28", "fails at once: a black hole", |_, _| Some(vec![Act::Kill])),
