@@ -64,11 +64,17 @@ pub struct Cell {
     pub with_return: bool,
 }
 
+pub fn protocol(http: Http) -> &'static str {
+    match http {
+        Http::One => "h1",
+        Http::Two => "h2",
+    }
+}
+
 impl Cell {
     /// Which of its row it is.
-    pub fn place(&self) -> String {
-        let protocol = if self.http == Http::One { "h1" } else { "h2" };
-        format!("{} · {protocol} · {} sick", self.endpoint.name(), self.sick)
+    fn place(&self) -> String {
+        format!("{} · {} · {} sick", self.endpoint.name(), protocol(self.http), self.sick)
     }
 }
 

@@ -1,12 +1,11 @@
 //! The matrix as a document: a line for each row, the worst of its cells in each column, and what did not
 //! keep its promise by name.
 
-use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::cell::{ADDED_MAX, Cell, Played, REPLICAS, REQUESTS};
+use crate::cell::{self, ADDED_MAX, Cell, Played, REPLICAS, REQUESTS};
 use crate::rows::NOT_HERE;
 
 /// Longest line of prose in a document (`tests/docs.rs`).
@@ -66,22 +65,42 @@ pub fn markdown(played: &[(Cell, Played)], took: Duration) -> String {
             line.len()
         );
     }
-    let broken: Vec<&(Cell, Played)> = played.iter().filter(|(_, played)| !played.wrong.is_empty()).collect();
-    if !broken.is_empty() {
-        text += "\n## Not kept\n\n";
-        for line in broken.chunk_by(|(a, _), (b, _)| Arc::ptr_eq(&a.row, &b.row)) {
-            let (cell, _) = line[0];
-            let places: BTreeSet<String> = line.iter().map(|(cell, _)| cell.place()).collect();
-            let failed: usize = line.iter().map(|(_, played)| played.failed).sum();
-            let places = places.into_iter().collect::<Vec<_>>().join(", ");
-            wrapped(&mut text, &format!("- {} {}, {failed} requests: {places}", cell.row.id, cell.row.what));
-        }
-    }
+    not_kept(&mut text, played);
     text += "\n## Not here\n\n";
     for (what, why) in NOT_HERE {
         wrapped(&mut text, &format!("- {what}: {why}"));
     }
     text
+}
+
+/// A line for each row that broke its promise, and where: the names of all cells are in the test's own words.
+fn not_kept(text: &mut String, played: &[(Cell, Played)]) {
+    let mut told = String::new();
+    for line in played.chunk_by(|(a, _), (b, _)| Arc::ptr_eq(&a.row, &b.row)) {
+        let broken: Vec<&(Cell, Played)> =
+            line.iter().filter(|(_, played)| !played.wrong.is_empty()).collect();
+        if broken.is_empty() {
+            continue;
+        }
+        let row = &line[0].0.row;
+        let count = |holds: &dyn Fn(&Cell) -> bool| broken.iter().filter(|(cell, _)| holds(cell)).count();
+        let by_sick = row.sick.iter().map(|sick| (format!("{sick} sick"), count(&|cell| cell.sick == *sick)));
+        let by_http = row
+            .https
+            .iter()
+            .map(|http| (cell::protocol(*http).to_owned(), count(&|cell| cell.http == *http)));
+        let places: Vec<String> = by_sick
+            .chain(by_http)
+            .filter(|(_, cells)| *cells > 0)
+            .map(|(place, cells)| format!("{place} {cells}"))
+            .collect();
+        let failed: usize = broken.iter().map(|(_, played)| played.failed).sum();
+        let cells = format!("{} of {} cells ({})", broken.len(), line.len(), places.join(", "));
+        wrapped(&mut told, &format!("- {} {}: {failed} requests in {cells}", row.id, row.what));
+    }
+    if !told.is_empty() {
+        let _ = write!(text, "\n## Not kept\n\n{told}");
+    }
 }
 
 fn seconds(time: Duration) -> String {
