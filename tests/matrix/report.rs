@@ -96,10 +96,17 @@ fn not_kept(text: &mut String, played: &[(Cell, Played)]) {
             .collect();
         let failed: usize = broken.iter().map(|(_, played)| played.failed).sum();
         let cells = format!("{} of {} cells ({})", broken.len(), line.len(), places.join(", "));
-        wrapped(&mut told, &format!("- {} {}: {failed} requests in {cells}", row.id, row.what));
+        let failed = if failed > 0 { format!("{failed} requests in ") } else { String::new() };
+        wrapped(&mut told, &format!("- {} {}: {failed}{cells}", row.id, row.what));
     }
     if !told.is_empty() {
-        let _ = write!(text, "\n## Not kept\n\n{told}");
+        text.push_str("\n## Not kept\n\n");
+        paragraph(
+            text,
+            "Where no request is counted, every request got what it was promised, and something else was wrong: more \
+             attempts (F32) or deaths (F33) than there may be, or a healed backend that saw no request for 30 s.",
+        );
+        text.push_str(&told);
     }
 }
 
