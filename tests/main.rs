@@ -13,6 +13,7 @@ mod health;
 mod hygiene;
 mod limits;
 mod probe;
+mod progress;
 mod relay;
 mod reload;
 mod retry;

@@ -275,13 +275,29 @@ fn pool_changes(changes: &mut Vec<Change>, old: &[Pool], new: &[Pool]) {
 }
 
 fn one_pool(changes: &mut Vec<Change>, old: &Pool, new: &Pool) {
-    let Pool { name, backends, models, aliases, balance, health, probe, retry, clocks, tls, http } = new;
+    let Pool {
+        name,
+        backends,
+        models,
+        aliases,
+        balance,
+        health,
+        probe,
+        progress,
+        outlier,
+        retry,
+        clocks,
+        tls,
+        http,
+    } = new;
     let keys = named([
         ("models", old.models != *models),
         ("aliases", old.aliases != *aliases),
         ("balance", old.balance != *balance),
         ("health", old.health != *health),
         ("probe", old.probe != *probe),
+        ("progress", old.progress != *progress),
+        ("outlier", old.outlier != *outlier),
         ("retry", old.retry != *retry),
         ("clocks", old.clocks != *clocks),
         ("tls", old.tls != *tls),

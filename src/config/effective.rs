@@ -15,6 +15,8 @@ use super::{
 };
 use crate::policy::balance::{AffinityKey, BalancePolicy};
 use crate::policy::health::HealthPolicy;
+use crate::policy::outlier::OutlierPolicy;
+use crate::policy::progress::ProgressPolicy;
 use crate::policy::retry::{Replay, RetryPolicy};
 use crate::policy::route::Route;
 
@@ -193,7 +195,21 @@ fn telemetry_table(out: &mut Writer, telemetry: &Telemetry) {
 }
 
 fn pool(out: &mut Writer, pool: &Pool) {
-    let Pool { name, backends, models, aliases, balance, health, probe, retry, clocks, tls, http } = pool;
+    let Pool {
+        name,
+        backends,
+        models,
+        aliases,
+        balance,
+        health,
+        probe,
+        progress,
+        outlier,
+        retry,
+        clocks,
+        tls,
+        http,
+    } = pool;
     out.table("[[pool]]");
     out.string("name", name);
     out.strings("models", models);
@@ -208,6 +224,8 @@ fn pool(out: &mut Writer, pool: &Pool) {
     balance_table(out, balance);
     health_table(out, health);
     probe_table(out, probe);
+    progress_table(out, progress);
+    outlier_table(out, outlier);
     retry_table(out, retry);
     clocks_table(out, clocks);
     tls_table(out, tls);
@@ -322,6 +340,48 @@ fn probe_table(out: &mut Writer, probe: &Probe) {
     out.duration("interval", *interval);
     out.duration("interval_unsteady", *interval_unsteady);
     out.duration("timeout", *timeout);
+}
+
+fn progress_table(out: &mut Writer, progress: &ProgressPolicy) {
+    let ProgressPolicy {
+        first_token_min,
+        first_token_unknown,
+        token_gap_min,
+        token_gap_unknown,
+        factor,
+        hedge_ratio,
+    } = *progress;
+    out.table("[pool.progress]");
+    out.duration("first_token_min", first_token_min);
+    out.duration("first_token_unknown", first_token_unknown);
+    out.duration("token_gap_min", token_gap_min);
+    out.duration("token_gap_unknown", token_gap_unknown);
+    out.number("factor", factor);
+    out.number("hedge_ratio", hedge_ratio);
+}
+
+fn outlier_table(out: &mut Writer, outlier: &OutlierPolicy) {
+    let OutlierPolicy {
+        ratio_min,
+        eject_ratio_min,
+        deviations_min,
+        first_token_floor,
+        token_gap_floor,
+        samples_min,
+        memory,
+        factor_max,
+        persistent,
+    } = *outlier;
+    out.table("[pool.outlier]");
+    out.number("ratio_min", ratio_min);
+    out.number("eject_ratio_min", eject_ratio_min);
+    out.number("deviations_min", deviations_min);
+    out.duration("first_token_floor", first_token_floor);
+    out.duration("token_gap_floor", token_gap_floor);
+    out.plain("samples_min", samples_min);
+    out.duration("memory", memory);
+    out.number("factor_max", factor_max);
+    out.duration("persistent", persistent);
 }
 
 fn replay_name(replay: Replay) -> &'static str {

@@ -31,8 +31,8 @@ pub(super) const ADMIN: Section = Section { path: "admin", keys: &["address", "t
 pub(super) const POOL: Section = Section {
     path: "pool",
     keys: &[
-        "name", "backends", "models", "aliases", "http", "balance", "health", "probe", "retry", "clocks",
-        "tls",
+        "name", "backends", "models", "aliases", "http", "balance", "health", "probe", "progress", "outlier",
+        "retry", "clocks", "tls",
     ],
 };
 pub(super) const BACKEND: Section = Section {
@@ -66,6 +66,31 @@ pub(super) const HEALTH: Section = Section {
 pub(super) const PROBE: Section = Section {
     path: "pool.probe",
     keys: &["kind", "path", "statuses", "body", "interval", "interval_unsteady", "timeout"],
+};
+pub(super) const PROGRESS: Section = Section {
+    path: "pool.progress",
+    keys: &[
+        "first_token_min",
+        "first_token_unknown",
+        "token_gap_min",
+        "token_gap_unknown",
+        "factor",
+        "hedge_ratio",
+    ],
+};
+pub(super) const OUTLIER: Section = Section {
+    path: "pool.outlier",
+    keys: &[
+        "ratio_min",
+        "eject_ratio_min",
+        "deviations_min",
+        "first_token_floor",
+        "token_gap_floor",
+        "samples_min",
+        "memory",
+        "factor_max",
+        "persistent",
+    ],
 };
 pub(super) const RETRY: Section = Section {
     path: "pool.retry",
@@ -132,6 +157,8 @@ const SECTIONS: &[&Section] = &[
     &BALANCE,
     &HEALTH,
     &PROBE,
+    &PROGRESS,
+    &OUTLIER,
     &RETRY,
     &CLOCKS,
     &UPSTREAM_TLS,

@@ -37,6 +37,8 @@ use ipnet::IpNet;
 
 use crate::policy::balance::BalancePolicy;
 use crate::policy::health::HealthPolicy;
+use crate::policy::outlier::OutlierPolicy;
+use crate::policy::progress::ProgressPolicy;
 use crate::policy::retry::RetryPolicy;
 use crate::policy::route::Route;
 
@@ -115,6 +117,10 @@ pub struct Pool {
     pub health: HealthPolicy,
     /// Active checks.
     pub probe: Probe,
+    /// When silence is suspicious, and how much of it may be hedged.
+    pub progress: ProgressPolicy,
+    /// When a backend is slower than its peers.
+    pub outlier: OutlierPolicy,
     /// What may be sent again, how often.
     pub retry: RetryPolicy,
     /// Clocks of the backend side.

@@ -23,6 +23,8 @@ use super::{
 };
 use crate::policy::balance::{AffinityKey, BalancePolicy};
 use crate::policy::health::HealthPolicy;
+use crate::policy::outlier::OutlierPolicy;
+use crate::policy::progress::ProgressPolicy;
 use crate::policy::retry::{Replay, RetryPolicy};
 use crate::policy::route::Route;
 
@@ -236,6 +238,8 @@ fn pool(table: &Table<'_>, name: String, listeners: &[Listener]) -> Pool {
         balance: balance(&table.table("balance", &keys::BALANCE)),
         health: health(&table.table("health", &keys::HEALTH), probe.kind != ProbeKind::Off),
         probe,
+        progress: progress(&table.table("progress", &keys::PROGRESS)),
+        outlier: outlier(&table.table("outlier", &keys::OUTLIER)),
         retry: retry(&table.table("retry", &keys::RETRY)),
         clocks: backend_clocks(&table.table("clocks", &keys::CLOCKS)),
         tls: upstream_tls(&table.table("tls", &keys::UPSTREAM_TLS)),
@@ -615,6 +619,51 @@ fn probe(table: &Table<'_>) -> Probe {
     not_longer(table, "interval_unsteady", probe.interval_unsteady, "interval", probe.interval);
     table.refuse_unknown_keys();
     probe
+}
+
+fn progress(table: &Table<'_>) -> ProgressPolicy {
+    let default = ProgressPolicy::default();
+    let running = |key, default| table.duration(key, default, RUNNING);
+    let progress = ProgressPolicy {
+        first_token_min: running("first_token_min", default.first_token_min),
+        first_token_unknown: running("first_token_unknown", default.first_token_unknown),
+        token_gap_min: running("token_gap_min", default.token_gap_min),
+        token_gap_unknown: running("token_gap_unknown", default.token_gap_unknown),
+        factor: table.number("factor", default.factor, 1.0..=1_000.0),
+        hedge_ratio: table.number("hedge_ratio", default.hedge_ratio, 0.0..=1.0),
+    };
+    let pairs = [
+        ("first_token_min", progress.first_token_min, "first_token_unknown", progress.first_token_unknown),
+        ("token_gap_min", progress.token_gap_min, "token_gap_unknown", progress.token_gap_unknown),
+    ];
+    for (low, least, high, most) in pairs {
+        not_longer(table, low, least, high, most);
+    }
+    table.refuse_unknown_keys();
+    progress
+}
+
+fn outlier(table: &Table<'_>) -> OutlierPolicy {
+    let default = OutlierPolicy::default();
+    let outlier = OutlierPolicy {
+        ratio_min: table.number("ratio_min", default.ratio_min, 1.001..=1_000.0),
+        eject_ratio_min: table.number("eject_ratio_min", default.eject_ratio_min, 1.001..=1_000.0),
+        deviations_min: table.number("deviations_min", default.deviations_min, 0.0..=1_000.0),
+        first_token_floor: table.duration("first_token_floor", default.first_token_floor, MAY_BE_ZERO),
+        token_gap_floor: table.duration("token_gap_floor", default.token_gap_floor, MAY_BE_ZERO),
+        samples_min: table.integer("samples_min", default.samples_min, 1..=9),
+        memory: table.duration("memory", default.memory, RUNNING),
+        factor_max: table.number("factor_max", default.factor_max, 1.0..=1_000.0),
+        persistent: table.duration("persistent", default.persistent, RUNNING),
+    };
+    if outlier.eject_ratio_min < outlier.ratio_min
+        && let Some(item) = table.item("eject_ratio_min").or_else(|| table.item("ratio_min"))
+    {
+        let right = format!("keep ratio_min ({}) at or below eject_ratio_min", outlier.ratio_min);
+        item.error("would eject a backend that is not slow yet", &right);
+    }
+    table.refuse_unknown_keys();
+    outlier
 }
 
 fn probe_path(item: &Item<'_>) -> Option<PathAndQuery> {

@@ -7,7 +7,10 @@
 pub mod balance;
 pub mod dialect;
 pub mod health;
+pub mod hedge;
 pub mod json;
+pub mod outlier;
+pub mod progress;
 pub mod retry;
 pub mod route;
 

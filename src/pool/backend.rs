@@ -18,7 +18,10 @@ use crate::policy::balance::{Ewma, RecentFailures, stable_hash};
 use crate::policy::health::{
     Administrative, Arrival, Health, HealthPolicy, Observation, Peers, ProbeVerdict, Standing, Transition,
 };
+use crate::policy::progress::Verified;
+use crate::pool::in_flight::List;
 use crate::pool::pick::Class;
+use crate::pool::signs::Signs;
 use crate::telemetry::metrics::BackendMetrics;
 use crate::upstream::{Addresses, Lane};
 
@@ -58,10 +61,15 @@ pub struct Backend {
     by_model: RwLock<Vec<(String, Arc<Record>)>>,
     pub(super) in_flight: AtomicU32,
     pub(super) work: AtomicU64,
+    pub(super) unfinished: List,
+    pub(super) signs: Signs,
     admin: AtomicU8,
     /// What it last said at `/v1/models`.
     listed: ArcSwapOption<Listed>,
     last_probe: ArcSwapOption<LastProbe>,
+    last_verify: Mutex<Option<Verified>>,
+    /// Somebody suspects it and wants it asked at once.
+    verify_wanted: Notify,
     /// Its state has changed: a probe may be due sooner than its prober thought.
     nudged: Notify,
     arrival: Arrival,
@@ -249,12 +257,21 @@ impl Backend {
             by_model: RwLock::new(Vec::new()),
             in_flight: AtomicU32::new(0),
             work: AtomicU64::new(0),
+            unfinished: List::default(),
+            signs: Signs::default(),
             admin: AtomicU8::new(Administrative::Enabled as u8),
             listed: ArcSwapOption::empty(),
             last_probe: ArcSwapOption::empty(),
+            last_verify: Mutex::new(None),
+            verify_wanted: Notify::new(),
             nudged: Notify::new(),
             arrival,
         }
+    }
+
+    /// What being slower than its peers multiplies its load by, at least 1.
+    pub fn slow_factor(&self) -> f64 {
+        self.signs.slow_factor()
     }
 
     /// Connections of one worker.
@@ -347,6 +364,28 @@ impl Backend {
     /// This was its latest probe; returns the one before.
     pub fn set_last_probe(&self, probe: LastProbe) -> Option<Arc<LastProbe>> {
         self.last_probe.swap(Some(Arc::new(probe)))
+    }
+
+    /// Asks its prober for one probe at once: whether it still answers. Cheap, and never wrong to call again: wishes
+    /// that come together are one, and there is at most one such probe a second. Nothing comes of it where
+    /// [`Pool::can_verify`](crate::pool::Pool::can_verify) says no.
+    pub fn want_verify(&self) {
+        self.verify_wanted.notify_one();
+    }
+
+    /// What the latest probe on demand showed; none before the first.
+    pub fn last_verify(&self) -> Option<Verified> {
+        *self.last_verify.lock()
+    }
+
+    /// This was its latest probe on demand.
+    pub fn set_last_verify(&self, verified: Verified) {
+        *self.last_verify.lock() = Some(verified);
+    }
+
+    /// Resolves when a probe on demand was wanted since the last call resolved. For its prober alone.
+    pub async fn verify_wanted(&self) {
+        self.verify_wanted.notified().await;
     }
 
     /// Resolves when its state has changed since the last call resolved. For its prober alone.

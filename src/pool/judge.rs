@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::clock;
+use crate::config::ProbeKind;
 use crate::policy::Moment;
 use crate::policy::health::{
     Administrative, Observation, Operational, Panic, Peers, ProbeVerdict, Standing, Transition,
@@ -103,10 +104,21 @@ impl Pool {
         self.members[i].backend.whole().read(|health| health.steady(clock::now()))
     }
 
+    /// Whether [`Backend::want_verify`] brings a [`Verified`](crate::pool::Verified): whether a probe asks the
+    /// engine something. A connection proves nothing, for the kernel accepts it on behalf of a frozen process.
+    pub fn can_verify(&self, i: usize) -> bool {
+        debug_assert!(i < self.members.len());
+        match self.config.probe.kind {
+            ProbeKind::Http { .. } => true,
+            ProbeKind::Tcp | ProbeKind::Off => false,
+        }
+    }
+
     /// Lets time pass: ejections end, slow starts end, medians and gauges are brought up to date. Called a few
     /// times a second by one task.
     pub fn tick(&self) {
         let now = clock::now();
+        self.watch_progress(now);
         self.settle(now);
         self.state.turn_peak(now);
         self.state.publish_budget(&self.config.retry, now);
@@ -146,7 +158,7 @@ impl Pool {
     }
 
     /// Lets every judge take notice of the time and of the others, until none has anything to say.
-    fn settle(&self, now: Moment) {
+    pub(super) fn settle(&self, now: Moment) {
         if self.retired.load(Ordering::Acquire) {
             return;
         }
@@ -175,7 +187,7 @@ impl Pool {
         }
     }
 
-    fn peers(&self, i: usize, model: Option<&str>, now: Moment) -> Peers {
+    pub(super) fn peers(&self, i: usize, model: Option<&str>, now: Moment) -> Peers {
         self.census(model, now).without(i)
     }
 
@@ -223,7 +235,13 @@ impl Pool {
     }
 
     /// Tells a transition, and does what follows from it.
-    fn publish(&self, i: usize, record: &Arc<Record>, model: Option<&str>, transition: &Transition) {
+    pub(super) fn publish(
+        &self,
+        i: usize,
+        record: &Arc<Record>,
+        model: Option<&str>,
+        transition: &Transition,
+    ) {
         let member = &self.members[i];
         let backend = &member.backend;
         let (ejected_for, worse) = match transition {
@@ -253,16 +271,20 @@ impl Pool {
         .emit(&self.state.telemetry);
         match transition {
             Transition::Ejected { .. } | Transition::TrialFailed { .. } | Transition::ProbesFailed { .. } => {
+                backend.signs.forget_speed(clock::now());
                 self.rescue(backend, record, model);
             }
             Transition::Probation | Transition::ProbesPassed { probation: true, .. } => {
                 self.state.open_trials();
                 self.state.wake_all();
             }
-            Transition::ProbesPassed { .. }
-            | Transition::ProvenByTraffic
-            | Transition::RefusalOver
-            | Transition::Readmitted { .. } => self.state.wake_all(),
+            Transition::Readmitted { .. } => {
+                backend.signs.forget_speed(clock::now());
+                self.state.wake_all();
+            }
+            Transition::ProbesPassed { .. } | Transition::ProvenByTraffic | Transition::RefusalOver => {
+                self.state.wake_all();
+            }
             Transition::ProbesOutvoted { .. }
             | Transition::Refusing
             | Transition::Busy { .. }

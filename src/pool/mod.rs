@@ -10,13 +10,17 @@ mod each;
 mod in_flight;
 mod judge;
 mod pick;
+mod progress;
+mod signs;
 mod snapshot;
 mod state;
+mod tempo;
 
 pub use backend::{Backend, BackendId, LastProbe, Listed, Record};
 pub use each::{Place, for_each_backend};
-pub use in_flight::InFlight;
+pub use in_flight::{InFlight, Unfinished};
 pub use judge::{About, Receipt};
 pub use pick::{Choice, Class, Nobody, Wanted};
 pub use snapshot::{Applied, Directory, Member, Pool, Snapshot};
 pub use state::{PoolState, Waiting};
+pub use tempo::Hedge;

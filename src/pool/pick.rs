@@ -12,6 +12,7 @@ use crate::policy::Moment;
 use crate::policy::balance::{self, Candidates};
 use crate::policy::dialect::Endpoint;
 use crate::policy::health::{Administrative, Panic, Standing};
+use crate::policy::progress::{CLASSES, Kind};
 use crate::pool::backend::{Backend, BackendId, Record};
 use crate::pool::in_flight::InFlight;
 use crate::pool::snapshot::{Member, Pool};
@@ -35,7 +36,7 @@ pub struct Class(u8);
 
 impl Class {
     /// How many there are.
-    pub const COUNT: usize = 64;
+    pub const COUNT: usize = CLASSES;
 
     /// The class of a request.
     pub fn of(endpoint: Endpoint, stream: bool) -> Self {
@@ -137,7 +138,7 @@ impl Pool {
         let view = View { pool: self, wanted, now };
         let request = balance::Request { affinity: wanted.affinity };
         if let Some(i) = balance::pick(&self.config.balance, &view, &request, &self.state.cursor, rng) {
-            return Ok(self.choose(i, wanted));
+            return Ok(self.choose(i, wanted, now));
         }
         self.pick_suspect(wanted, now).map_or_else(|| Err(self.nobody(wanted, now)), Ok)
     }
@@ -157,7 +158,7 @@ impl Pool {
             let judge = if waits(whole) { whole } else { model };
             if open && judge.begin_trial(now) {
                 let trial = Trial { judge: judge.clone(), state: self.state.clone() };
-                return Some(Choice { trial: Some(trial), ..self.choose(i, wanted) });
+                return Some(Choice { trial: Some(trial), ..self.choose(i, wanted, now) });
             }
         }
         if !any {
@@ -187,16 +188,22 @@ impl Pool {
         // The least bad: the one that failed least lately.
         let factor = |i: usize| self.members[i].backend.whole().failure_factor(now);
         let best = open.into_iter().min_by(|&a, &b| factor(a).total_cmp(&factor(b)))?;
-        Some(self.choose(best, wanted))
+        Some(self.choose(best, wanted, now))
     }
 
-    fn choose(self: &Arc<Self>, index: usize, wanted: &Wanted<'_>) -> Choice {
+    fn choose(self: &Arc<Self>, index: usize, wanted: &Wanted<'_>, now: Moment) -> Choice {
         let backend = &self.members[index].backend;
         Choice {
             pool: self.clone(),
             index,
             record: self.record(index, wanted.model),
-            in_flight: InFlight::begin(backend, &self.state, work_units(wanted.prompt_bytes)),
+            in_flight: InFlight::begin(
+                backend,
+                &self.state,
+                work_units(wanted.prompt_bytes),
+                Kind::of(wanted.class.index(), wanted.prompt_bytes),
+                now,
+            ),
             trial: None,
         }
     }
@@ -294,7 +301,8 @@ impl Candidates for View<'_> {
     fn admissible(&self, i: usize) -> bool {
         let member = &self.pool.members[i];
         let backend = &member.backend;
-        if backend.admin() != Administrative::Enabled || self.wanted.has_tried(member) {
+        let shunned = backend.signs.is_shunned();
+        if backend.admin() != Administrative::Enabled || shunned || self.wanted.has_tried(member) {
             return false;
         }
         let Standing::Eligible { share } = self.pool.standing(i, self.wanted.model, self.now) else {
@@ -310,7 +318,8 @@ impl Candidates for View<'_> {
         let backend = &self.pool.members[i].backend;
         let work = backend.work.load(std::sync::atomic::Ordering::Relaxed);
         let coming = UNITS;
-        (work + coming) as f64 * backend.whole().failure_factor(self.now) / (UNITS as f64 * self.weight(i))
+        let penalty = backend.whole().failure_factor(self.now) * backend.signs.slow_factor();
+        (work + coming) as f64 * penalty / (UNITS as f64 * self.weight(i))
     }
 
     fn weight(&self, i: usize) -> f64 {

@@ -127,6 +127,8 @@ impl Directory {
         self.current.store(new);
         // Whoever waits may find a newcomer, now that it can be seen.
         self.look().pools.iter().for_each(|pool| pool.state.wake_all());
+        // A prober may have nothing to do for an hour by its old parameters.
+        self.look().members().for_each(|(_, member)| member.backend.nudge_prober());
         self.generation.send_replace(generation);
         self.publish_counts();
         Ok(applied)
@@ -237,7 +239,7 @@ impl Pool {
     ) -> Self {
         let state = match before {
             Some(before) => before.state.clone(),
-            None => Arc::new(PoolState::new(&config.name, telemetry.clone())),
+            None => Arc::new(PoolState::new(&config.name, &config.progress, telemetry.clone())),
         };
         let arrival = if before.is_some() { Arrival::Newcomer } else { Arrival::Founder };
         let members: Vec<Member> = config

@@ -9,8 +9,10 @@ use tokio::sync::Notify;
 
 use crate::clock;
 use crate::policy::Moment;
+use crate::policy::progress::ProgressPolicy;
 use crate::policy::retry::{Budget, Burst, RetryPolicy};
 use crate::pool::pick::Class;
+use crate::pool::tempo::{Hedge, Tempo};
 use crate::telemetry::Telemetry;
 use crate::telemetry::events::BudgetEmpty;
 use crate::telemetry::metrics::PoolMetrics;
@@ -36,6 +38,8 @@ pub struct PoolState {
     pub(super) several_models: AtomicBool,
     waiters: AtomicUsize,
     freed: Notify,
+    /// What is usual here.
+    pub(super) tempo: Tempo,
     /// Bits of the median first-token time, in seconds, by class; `NO_MEDIAN` while none is known.
     medians: Box<[AtomicU64]>,
 }
@@ -43,7 +47,7 @@ pub struct PoolState {
 const NO_MEDIAN: u64 = f64::NAN.to_bits();
 
 impl PoolState {
-    pub(super) fn new(name: &str, telemetry: Arc<Telemetry>) -> Self {
+    pub(super) fn new(name: &str, progress: &ProgressPolicy, telemetry: Arc<Telemetry>) -> Self {
         Self {
             metrics: telemetry.metrics.pool(name),
             telemetry,
@@ -56,6 +60,7 @@ impl PoolState {
             several_models: AtomicBool::new(false),
             waiters: AtomicUsize::new(0),
             freed: Notify::new(),
+            tempo: Tempo::new(progress),
             medians: Class::all().map(|_| AtomicU64::new(NO_MEDIAN)).collect(),
         }
     }
@@ -76,6 +81,14 @@ impl PoolState {
         }
         BudgetEmpty { at: &self.metrics }.emit(&self.telemetry);
         false
+    }
+
+    /// Takes a hedge from its own allowance and from the retry budget.
+    pub fn may_hedge(&self, policy: &RetryPolicy, progress: &ProgressPolicy) -> Option<Hedge> {
+        let now = clock::now();
+        let mut budget = self.budget.lock();
+        let hedge = self.tempo.begin_hedge(now, progress, budget.requests(now))?;
+        budget.withdraw(now, policy).then_some(hedge)
     }
 
     pub(super) fn publish_budget(&self, policy: &RetryPolicy, now: Moment) {

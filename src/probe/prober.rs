@@ -1,5 +1,8 @@
 //! The prober of one backend: ask, tell, wait; one question at a time.
 //!
+//! Besides, whoever suspects the backend may want it asked at once (`Backend::want_verify`): a probe with a clock
+//! of a second at most, one at a time, beside the ordinary ones and not instead of them.
+//!
 //! The wait is counted from the beginning of a probe, so that a slow answer does not make the next
 //! question later, and is cut short when the state of the backend changes: an ejection that ends in a
 //! second must not wait five for the probe that lets it return. Parameters are read anew at every turn.
@@ -10,6 +13,7 @@ use crate::clock;
 use crate::config::{Probe, ProbeKind};
 use crate::policy::Moment;
 use crate::policy::health::ProbeVerdict;
+use crate::policy::progress::Verified;
 use crate::pool::{LastProbe, Member, Place, Pool};
 use crate::probe::ask::{self, Answered, Body, NoAnswer};
 use crate::probe::models::{self, LIST_AGE_MAX, LIST_AGE_MAX_WITHOUT_PROBES, ListAge};
@@ -27,6 +31,11 @@ const REST: Duration = Duration::from_millis(50);
 /// How much of a probe's answer is read. Health pages are short; metrics pages asked for by mistake are not.
 const BODY_BYTES_MAX: usize = 64 * 1024;
 
+/// Clock of a probe on demand, unless that of ordinary ones is shorter: work that hangs waits for its word.
+const VERIFY_TIMEOUT: Duration = Duration::from_secs(1);
+/// From the beginning of one probe on demand to the next.
+const VERIFY_INTERVAL: Duration = Duration::from_secs(1);
+
 /// What one probe showed.
 struct Seen {
     verdict: ProbeVerdict,
@@ -41,21 +50,28 @@ impl Seen {
 
 /// Probes the backend at `place` until it is removed.
 pub(super) async fn probe_for_good(place: Place) {
+    tokio::select! {
+        () = probe_in_turn(&place) => {}
+        () = verify_on_demand(&place) => {}
+    }
+}
+
+async fn probe_in_turn(place: &Place) {
     let mut rng = clock::rng();
     let mut models = ListAge::unknown();
     tokio::time::sleep(FIRST_SPREAD.mul_f64(rng.f64())).await;
     while let Some((pool, i)) = place.now() {
         let began = clock::now();
         if pool.config.probe.kind == ProbeKind::Off {
-            models::ask_if_due(&pool, i, &mut models, LIST_AGE_MAX_WITHOUT_PROBES, telemetry(&place)).await;
+            models::ask_if_due(&pool, i, &mut models, LIST_AGE_MAX_WITHOUT_PROBES, telemetry(place)).await;
         } else {
-            probe_once(&place, &pool, i, &mut models, &mut rng).await;
+            probe_once(place, &pool, i, &mut models, &mut rng).await;
         }
         let ended = clock::now();
         drop(pool);
         let stretch = stretch(&mut rng);
         // Each change of state asks anew how long the wait should be.
-        while let Some(due) = due(&place, began, ended, &models, stretch) {
+        while let Some(due) = due(place, began, ended, &models, stretch) {
             tokio::select! {
                 () = tokio::time::sleep(due.since(clock::now())) => break,
                 () = place.backend.nudged() => {}
@@ -64,20 +80,63 @@ pub(super) async fn probe_for_good(place: Place) {
     }
 }
 
+async fn verify_on_demand(place: &Place) {
+    let mut rng = clock::rng();
+    loop {
+        place.backend.verify_wanted().await;
+        let Some((pool, i)) = place.now() else { return };
+        if !pool.can_verify(i) {
+            continue;
+        }
+        let asked = clock::now();
+        let within = pool.config.probe.timeout.min(VERIFY_TIMEOUT);
+        let seen = ask_health(&pool.members[i], &pool.config.probe, within).await;
+        let ended = clock::now();
+        drop(pool);
+        if let Some(seen) = made(place, seen) {
+            let answered = seen.verdict != ProbeVerdict::Fail;
+            place.backend.set_last_verify(Verified { asked, ended, answered });
+            let Some((pool, i)) = place.now() else { return };
+            tell(place, &pool, i, seen, ended.since(asked), &mut rng);
+        }
+        // What was wanted meanwhile is done then.
+        tokio::time::sleep((asked + VERIFY_INTERVAL).since(clock::now())).await;
+    }
+}
+
 /// One probe and what follows from it.
 async fn probe_once(place: &Place, pool: &Pool, i: usize, models: &mut ListAge, rng: &mut fastrand::Rng) {
     let began = clock::now();
-    let asked = ask_health(&pool.members[i], &pool.config.probe).await;
+    let probe = &pool.config.probe;
+    let asked = ask_health(&pool.members[i], probe, probe.timeout).await;
     let took = clock::now().since(began);
     // A reload may have come meanwhile: the generation in force is told, and nobody if it has no such backend.
     let Some((pool, i)) = place.now() else { return };
+    let Some(seen) = made(place, asked) else { return };
+    match tell(place, &pool, i, seen, took, rng) {
+        ProbeVerdict::Pass | ProbeVerdict::WeakPass => {}
+        ProbeVerdict::Fail | ProbeVerdict::Refusing => return models.distrust(),
+    }
+    models::ask_if_due(&pool, i, models, LIST_AGE_MAX, telemetry(place)).await;
+}
+
+/// What was seen, if the question could be asked at all.
+fn made(place: &Place, asked: Result<Seen, String>) -> Option<Seen> {
+    let told =
+        |reason: &String| ProbeNotMade { at: &place.backend.metrics, saw: reason }.emit(telemetry(place));
+    asked.inspect_err(told).ok()
+}
+
+/// Hands a verdict to the judge, keeps it for status pages, and tells what is new.
+fn tell(
+    place: &Place,
+    pool: &Pool,
+    i: usize,
+    seen: Seen,
+    took: Duration,
+    rng: &mut fastrand::Rng,
+) -> ProbeVerdict {
     let backend = &place.backend;
-    let seen = match asked {
-        Ok(seen) => seen,
-        Err(reason) => {
-            return ProbeNotMade { at: &backend.metrics, saw: &reason }.emit(telemetry(place));
-        }
-    };
     let Seen { verdict, saw } = seen;
     pool.probed(i, verdict, rng);
     let last = LastProbe { verdict, saw: saw.clone(), at: clock::now(), took };
@@ -86,27 +145,25 @@ async fn probe_once(place: &Place, pool: &Pool, i: usize, models: &mut ListAge, 
         ProbeChanged { at: &backend.metrics, result: ProbeResult::from(verdict), saw: &saw }
             .emit(telemetry(place));
     }
-    match verdict {
-        ProbeVerdict::Pass => {}
-        ProbeVerdict::WeakPass => WeakProbe { at: &backend.metrics, saw: &saw }.emit(telemetry(place)),
-        ProbeVerdict::Fail | ProbeVerdict::Refusing => return models.distrust(),
+    if verdict == ProbeVerdict::WeakPass {
+        WeakProbe { at: &backend.metrics, saw: &saw }.emit(telemetry(place));
     }
-    models::ask_if_due(&pool, i, models, LIST_AGE_MAX, telemetry(place)).await;
+    verdict
 }
 
 /// Asks as configured. The error is of this machine, not the backend's.
-async fn ask_health(member: &Member, probe: &Probe) -> Result<Seen, String> {
+async fn ask_health(member: &Member, probe: &Probe, within: Duration) -> Result<Seen, String> {
     let (asked, statuses, text) = match &probe.kind {
         ProbeKind::Off => return Err("probes are off".to_owned()),
         ProbeKind::Tcp => {
-            return match ask::connect(member, probe.timeout).await {
+            return match ask::connect(member, within).await {
                 Ok(()) => Ok(Seen { verdict: ProbeVerdict::Pass, saw: "connected".to_owned() }),
                 Err(NoAnswer::Theirs(reason)) => Ok(Seen::failed(reason)),
                 Err(NoAnswer::Local(reason)) => Err(reason),
             };
         }
         ProbeKind::Http { path, statuses, body } => {
-            (ask::get(member, path.as_str(), BODY_BYTES_MAX, probe.timeout).await, statuses, body)
+            (ask::get(member, path.as_str(), BODY_BYTES_MAX, within).await, statuses, body)
         }
     };
     match asked {

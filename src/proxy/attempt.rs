@@ -144,11 +144,18 @@ impl Attempt<'_> {
             retry_after: None,
             head_at: None,
         };
-        let (cause, answer) = match self.steps(&mut seen, body, started).await {
-            Ok(end) => end,
-            Err(cause) => (cause, None),
-        };
+        let steps = self.steps(&mut seen, body, started).await;
         let now = clock::now();
+        let (cause, answer) = match steps {
+            Ok(end) => {
+                self.choice.in_flight.moved(now);
+                end
+            }
+            Err(cause) => {
+                self.choice.in_flight.rests();
+                (cause, None)
+            }
+        };
         let facts = Facts {
             phase: seen.phase,
             cause,
@@ -172,6 +179,7 @@ impl Attempt<'_> {
     ) -> Result<End, Cause> {
         if self.movable {
             self.watch.rescue_on(self.choice.ejections());
+            self.watch.tell_late(self.choice.in_flight.clock());
         }
         let lease = self.connect(seen).await?;
         let arrived = self.send(seen, lease, body(), started).await?;
@@ -218,6 +226,9 @@ impl Attempt<'_> {
         let shared = lease.is_h2();
         let length = http_body::Body::size_hint(&body).lower();
         let sending = lease.send(&self.choice.member().target, self.head(), body);
+        if !self.asked.uploads {
+            self.choice.in_flight.waits(started);
+        }
         self.watch.enter(Stage::Head(HeadStage {
             due: started + first,
             head: clocks.head,
@@ -476,7 +487,10 @@ impl Attempt<'_> {
                 Some(Ok(frame)) => match frame.into_data() {
                     Err(frame) => trailers = frame.into_trailers().ok(),
                     Ok(chunk) => {
-                        self.watch.moved(clock::now());
+                        let now = clock::now();
+                        self.watch.moved(now);
+                        self.choice.in_flight.moved(now);
+                        self.choice.in_flight.waits(now);
                         length += chunk.len();
                         let kept = chunk.len() as u64;
                         chunks.push_back(chunk);

@@ -19,8 +19,9 @@ use crate::policy::retry::{
 };
 use crate::pool::{About, BackendId, Choice, Nobody, Pool, Receipt, Wanted};
 use crate::proxy::admit::Asked;
-use crate::proxy::attempt::{Answer, Attempt, Outcome};
+use crate::proxy::attempt::{Answer, Outcome};
 use crate::proxy::headers::X_REQUEST_ID;
+use crate::proxy::hedge::Tried;
 use crate::proxy::ledger::{Entry, Ledger};
 use crate::proxy::relay::{AnswerBody, Serving};
 use crate::proxy::replay_body::ReplayBody;
@@ -38,21 +39,23 @@ const STAND_BY_LOOK: Duration = Duration::from_millis(250);
 
 /// An exchange from its routing to its answer. Boxed from the start: it is moved often, and is large.
 pub(super) struct Exchange {
-    worker: Arc<Worker>,
-    asked: Asked,
-    body: ReplayBody,
-    ledger: Ledger,
-    pool: Arc<Pool>,
+    pub(super) worker: Arc<Worker>,
+    pub(super) asked: Asked,
+    pub(super) body: ReplayBody,
+    pub(super) ledger: Ledger,
+    pub(super) pool: Arc<Pool>,
     /// The pool's, with what the route overrides.
-    policy: RetryPolicy,
+    pub(super) policy: RetryPolicy,
     /// The client's connection, where it is to be switched to another protocol.
     switch: Option<OnUpgrade>,
-    history: History,
-    tried: SmallVec<[BackendId; 4]>,
+    pub(super) history: History,
+    pub(super) tried: SmallVec<[BackendId; 4]>,
+    /// Asked beside one that was late.
+    pub(super) hedged: Option<BackendId>,
     /// Times that all backends had been tried.
     rounds: u32,
     /// The next attempt needs a new connection.
-    fresh: bool,
+    pub(super) fresh: bool,
     /// How the latest attempt failed.
     failed: Option<Facts>,
     /// The latest answer that was not good enough.
@@ -60,7 +63,7 @@ pub(super) struct Exchange {
     /// A fault that may turn out to be the request's own.
     blamed: Option<Receipt>,
     /// Between attempts.
-    alarm: Option<Alarm>,
+    pub(super) alarm: Option<Alarm>,
     /// End of all waiting for a backend.
     wait_until: Option<Moment>,
 }
@@ -86,6 +89,7 @@ impl Exchange {
             policy,
             switch,
             tried: SmallVec::new(),
+            hedged: None,
             rounds: 0,
             fresh: false,
             failed: None,
@@ -104,7 +108,7 @@ impl Exchange {
                 Ok(choice) => choice,
                 Err(refusal) => return self.nobody(&refusal),
             };
-            let (outcome, watch) = self.attempt(&choice).await;
+            let Tried { choice, outcome, watch } = self.attempt(choice).await;
             let verdict = retry::verdict(&outcome.facts);
             let next = self.decide(&outcome.facts, verdict);
             self.learn(&choice, &outcome, verdict, next);
@@ -156,15 +160,18 @@ impl Exchange {
     }
 
     fn pick(&self) -> Result<Choice, Nobody> {
-        let wanted = Wanted {
+        self.worker.with_rng(|rng| self.pool.pick(&self.wanted(), rng))
+    }
+
+    pub(super) fn wanted(&self) -> Wanted<'_> {
+        Wanted {
             tried: &self.tried,
             class: self.asked.class,
             model: self.pool.judged_model(self.asked.model.as_deref()),
             affinity: self.asked.affinity,
             prompt_bytes: self.asked.prompt_bytes,
             replayable: self.is_replayable(),
-        };
-        self.worker.with_rng(|rng| self.pool.pick(&wanted, rng))
+        }
     }
 
     /// Streams last for minutes: each attempt sees the pool as it is then.
@@ -197,35 +204,7 @@ impl Exchange {
         }
     }
 
-    async fn attempt(&mut self, choice: &Choice) -> (Outcome, Watch) {
-        let replayable = self.is_replayable();
-        let want = match () {
-            () if self.asked.upgrade.is_some() => Want::Upgradable,
-            () if self.fresh => Want::Fresh,
-            // A kept connection may be closing: what was sent on it may or may not have been executed.
-            () if !replayable => Want::Sure,
-            () => Want::Any,
-        };
-        let alarm = self.alarm.take().unwrap_or_else(|| self.worker.alarms.alarm());
-        let mut watch = Watch::new(alarm, self.asked.total);
-        let attempt = Attempt {
-            worker: &self.worker,
-            asked: &self.asked,
-            choice,
-            number: self.history.attempts() + 1,
-            want,
-            movable: replayable,
-            watch: &mut watch,
-        };
-        let body = &mut self.body;
-        let mut outcome = attempt.run(|| body.out()).await;
-        watch.keep();
-        // A body that was given away cannot be sent again, whatever became of it.
-        outcome.facts.sent |= !self.body.is_here();
-        (outcome, watch)
-    }
-
-    fn is_replayable(&self) -> bool {
+    pub(super) fn is_replayable(&self) -> bool {
         !self.body.is_streamed() && self.policy.replay.allows(&self.asked.nature)
     }
 
@@ -240,7 +219,7 @@ impl Exchange {
     }
 
     /// Teaches the judge, and writes the attempt down.
-    fn learn(&mut self, choice: &Choice, outcome: &Outcome, verdict: Verdict, next: Next) {
+    pub(super) fn learn(&mut self, choice: &Choice, outcome: &Outcome, verdict: Verdict, next: Next) {
         let facts = &outcome.facts;
         let own_fault = next == Next::RelayAsRequestFault;
         if own_fault && let Some(receipt) = self.blamed.take() {
@@ -300,14 +279,17 @@ impl Exchange {
         if verdict == Verdict::Success {
             let took = outcome.facts.took;
             choice.backend().whole().first_token(self.asked.class, clock::now(), took.as_secs_f64());
+            let kind = choice.in_flight.kind();
+            choice.pool.learn_first_token(choice.index, kind, outcome.started, took);
             if matches!(outcome.answer, Some(Answer::Tokens { .. })) {
                 metrics.first_token(took);
             }
         }
     }
 
-    fn role(&self, choice: &Choice) -> &'static str {
+    pub(super) fn role(&self, choice: &Choice) -> &'static str {
         match self.history.attempts() {
+            _ if self.hedged == Some(choice.backend().id) => "hedge",
             0 => "first",
             _ if self.ledger.has_tried(choice.backend()) => "retry",
             _ => "failover",

@@ -22,8 +22,10 @@ use crate::upstream::{OutBody, UploadBroken};
 const SMALL_BODY_BYTES: u64 = 64 * 1024;
 
 /// A request body, as far as it was read.
+#[derive(Default)]
 pub(super) enum ReplayBody {
     /// There is none.
+    #[default]
     Empty,
     /// All of it, and its share of the memory bound.
     Whole {

@@ -35,6 +35,7 @@ pub(super) struct EventRelay {
     endpoint: Endpoint,
     dialect: Dialect,
     clocks: Silence,
+    gaps: Gaps,
 }
 
 /// How much silence is borne.
@@ -48,6 +49,34 @@ pub(super) struct Silence {
     pub(super) since: Moment,
 }
 
+/// Gaps between events are told by the longest of so many: a lock an event would be too dear, and it is the longest
+/// that the clock is about.
+const STRETCH: u32 = 32;
+
+/// The end of a stream is a stretch of its own if it had so many.
+const STRETCH_MIN: u32 = 8;
+
+/// The gaps of the current stretch.
+#[derive(Default)]
+struct Gaps {
+    events: u32,
+    longest: Duration,
+    total: Duration,
+    /// None while the client has something to read: time that it takes is not the backend's.
+    waits_since: Option<Moment>,
+}
+
+impl Gaps {
+    /// An event came. Returns how many of the stretch have.
+    fn add(&mut self, now: Moment) -> u32 {
+        let gap = self.waits_since.take().map_or(Duration::ZERO, |since| now.since(since));
+        self.longest = self.longest.max(gap);
+        self.total += gap;
+        self.events += 1;
+        self.events
+    }
+}
+
 impl EventRelay {
     /// Relays from the gate on.
     pub(super) fn new(
@@ -58,7 +87,9 @@ impl EventRelay {
         (endpoint, dialect): (Endpoint, Dialect),
         clocks: Silence,
     ) -> Self {
-        let mut relay = Self { ahead, body, stream, serving, endpoint, dialect, clocks };
+        serving.choice.in_flight.streams();
+        let gaps = Gaps::default();
+        let mut relay = Self { ahead, body, stream, serving, endpoint, dialect, clocks, gaps };
         let since = relay.clocks.since;
         relay.serving.watch.enter(Stage::Body { idle: relay.clocks.inter_token, since });
         if relay.body.is_none() {
@@ -86,7 +117,10 @@ impl EventRelay {
                 Poll::Pending => match self.serving.watch.poll_expired(cx) {
                     Poll::Ready(Cause::Silence) if self.may_go_on() => {}
                     Poll::Ready(cause) => self.broke(cause),
-                    Poll::Pending => return Poll::Pending,
+                    Poll::Pending => {
+                        self.begin_to_wait();
+                        return Poll::Pending;
+                    }
                 },
             }
         }
@@ -95,8 +129,7 @@ impl EventRelay {
     fn feed(&mut self, chunk: Bytes) {
         let fed = self.stream.feed(chunk, &mut self.ahead);
         if fed.any {
-            self.clocks.since = clock::now();
-            self.serving.watch.moved(self.clocks.since);
+            self.moved(clock::now());
         }
         if fed.too_large {
             self.serving.ledger.worker().telemetry().metrics.count_limit("event_bytes_max");
@@ -106,7 +139,36 @@ impl EventRelay {
         }
     }
 
+    /// The backend owes an event from now on; until then the client had enough to read.
+    fn begin_to_wait(&mut self) {
+        if self.gaps.waits_since.is_none() {
+            let now = clock::now();
+            self.gaps.waits_since = Some(now);
+            self.serving.choice.in_flight.waits(now);
+        }
+    }
+
+    fn moved(&mut self, now: Moment) {
+        self.clocks.since = now;
+        self.serving.watch.moved(now);
+        let choice = &self.serving.choice;
+        choice.in_flight.moved(now);
+        if self.gaps.add(now) == STRETCH {
+            self.learn_gaps(now);
+        }
+    }
+
+    fn learn_gaps(&mut self, now: Moment) {
+        let Gaps { events, longest, total, .. } = std::mem::take(&mut self.gaps);
+        let choice = &self.serving.choice;
+        choice.pool.learn_token_gaps(choice.index, now - total, longest, total / events.max(1));
+    }
+
     fn end(&mut self, clean: Result<(), Cause>) {
+        self.serving.choice.in_flight.rests();
+        if self.gaps.events >= STRETCH_MIN {
+            self.learn_gaps(clock::now());
+        }
         match self.stream.end(clean) {
             Ending::Whole(rest) => {
                 self.body = None;
@@ -125,6 +187,7 @@ impl EventRelay {
     /// The connection is closed at once; the client gets what completes its answer, or the error.
     fn broke(&mut self, cause: Cause) {
         self.body = None;
+        self.serving.choice.in_flight.rests();
         if self.stream.is_complete() {
             self.ahead.push_back(self.stream.complete_locally());
             self.serving.broke(Phase::Tail, cause, End::Complete);

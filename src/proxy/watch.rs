@@ -12,6 +12,7 @@ use std::time::Duration;
 use crate::clock::{self, Alarm};
 use crate::policy::Moment;
 use crate::policy::retry::Cause;
+use crate::pool::Unfinished;
 use crate::upstream::Traffic;
 
 /// The clocks of one attempt.
@@ -19,6 +20,8 @@ pub(super) struct Watch {
     alarm: Alarm,
     /// End of the whole exchange.
     total: Option<Moment>,
+    /// Who is told when the attempt is late, by its clock of that time.
+    late: Option<Arc<Unfinished>>,
     stage: Stage,
 }
 
@@ -61,7 +64,7 @@ pub(super) struct HeadStage {
 impl Watch {
     /// No clock but the total one.
     pub(super) fn new(alarm: Alarm, total: Option<Moment>) -> Self {
-        Self { alarm, total, stage: Stage::Open }
+        Self { alarm, total, late: None, stage: Stage::Open }
     }
 
     /// From now on this is waited for.
@@ -84,13 +87,19 @@ impl Watch {
         self.alarm.watch(Some(epoch), seen);
     }
 
+    /// `attempt` is told when its first token is late by its own clock, which may change while it waits.
+    pub(super) fn tell_late(&mut self, attempt: Arc<Unfinished>) {
+        self.late = Some(attempt);
+    }
+
     /// It is to be kept from now on, whatever happens to its backend.
-    pub(super) fn keep(&self) {
+    pub(super) fn keep(&mut self) {
+        self.late = None;
         self.alarm.watch(None, 0);
     }
 
     /// The alarm itself, for the next attempt.
-    pub(super) fn into_alarm(self) -> Alarm {
+    pub(super) fn into_alarm(mut self) -> Alarm {
         self.keep();
         self.alarm.clear();
         self.alarm
@@ -118,9 +127,16 @@ impl Watch {
             if let Some(cause) = self.expired(now) {
                 return Poll::Ready(cause);
             }
+            self.look_whether_late(now);
             self.arm(now);
         }
         Poll::Pending
+    }
+
+    fn look_whether_late(&mut self, now: Moment) {
+        if let Some(attempt) = self.late.take_if(|attempt| attempt.late_at() <= now) {
+            attempt.set_late();
+        }
     }
 
     fn expired(&mut self, now: Moment) -> Option<Cause> {
@@ -143,7 +159,8 @@ impl Watch {
             Stage::Body { idle, since } => Some(*since + *idle),
             Stage::Open => None,
         };
-        match [due, self.total].into_iter().flatten().min() {
+        let late = self.late.as_ref().map(|attempt| attempt.late_at());
+        match [due, self.total, late].into_iter().flatten().min() {
             Some(at) => self.alarm.set(at),
             None => self.alarm.clear(),
         }

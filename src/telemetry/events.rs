@@ -313,6 +313,31 @@ impl ProbeNotMade<'_> {
     }
 }
 
+/// Work of a backend is late, and it shows no sign of life. Logged at most every [`REPEAT_PAUSE`] a backend, counted
+/// always: a stream may think for longer than is usual, time and again.
+#[derive(Clone, Copy)]
+pub struct BackendSuspected<'a> {
+    /// Where.
+    pub at: &'a BackendMetrics,
+    /// Since its latest sign of life.
+    pub silent: Duration,
+    /// Attempts that are late.
+    pub late: usize,
+}
+
+impl BackendSuspected<'_> {
+    /// Counts; logs and remembers now and then.
+    pub fn emit(&self, telemetry: &Telemetry) {
+        let notice = Notice::new(Severity::Info, "backend_suspected").at(self.at);
+        notice.count(&telemetry.metrics);
+        if self.at.suspected_said.may_speak(REPEAT_PAUSE) {
+            let (silent, late) = (self.silent, self.late);
+            let text = format_args!("silent for {silent:.1?} while work of it is late ({late}): it is asked");
+            notice.speak(&telemetry.events, &text);
+        }
+    }
+}
+
 /// A backend lists other models than before.
 #[derive(Clone, Copy)]
 pub struct ModelsChanged<'a> {

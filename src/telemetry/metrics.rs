@@ -57,11 +57,13 @@ pub enum AttemptOutcome {
     Cancelled,
     /// Moved away, unfinished, from a backend that was ejected.
     Rescued,
+    /// It was late, and the one begun beside it spoke first.
+    Overtaken,
 }
 
 impl AttemptOutcome {
     /// All, in the order of their discriminants.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Success,
         Self::Fault,
         Self::Busy,
@@ -70,6 +72,7 @@ impl AttemptOutcome {
         Self::Misconfigured,
         Self::Cancelled,
         Self::Rescued,
+        Self::Overtaken,
     ];
 
     /// For labels and records.
@@ -83,6 +86,7 @@ impl AttemptOutcome {
             Self::Misconfigured => "misconfigured",
             Self::Cancelled => "cancelled",
             Self::Rescued => "rescued",
+            Self::Overtaken => "overtaken",
         }
     }
 }
@@ -615,6 +619,7 @@ impl Metrics {
             compressed_said: Quiet::default(),
             misconfigured_said: Quiet::default(),
             probe_not_made_said: Quiet::default(),
+            suspected_said: Quiet::default(),
             addresses_said: Quiet::default(),
         }
     }
@@ -846,6 +851,7 @@ pub struct BackendMetrics {
     pub(super) compressed_said: Quiet,
     pub(super) misconfigured_said: Quiet,
     pub(super) probe_not_made_said: Quiet,
+    pub(super) suspected_said: Quiet,
     pub(super) addresses_said: Quiet,
 }
 
@@ -1263,7 +1269,7 @@ mod tests {
             r#"evergate_attempt_failures_total{backend="gpu-1",pool="llama",reason="connect_refused"} 1"#
         ));
         assert!(text.contains(r#"evergate_probes_total{backend="gpu-1",pool="llama",result="weak_pass"} 1"#));
-        assert!(text.contains(r#"evergate_attempt_duration_seconds_count{backend="gpu-1",pool="llama"} 36"#));
+        assert!(text.contains(r#"evergate_attempt_duration_seconds_count{backend="gpu-1",pool="llama"} 45"#));
     }
 
     #[test]

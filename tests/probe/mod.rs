@@ -491,3 +491,77 @@ async fn a_dribbled_answer_is_bounded_by_the_timeout() {
     assert_eq!(last.verdict, ProbeVerdict::Fail, "{}", last.saw);
     assert!(last.took >= Duration::from_millis(200), "{:?}", last.took);
 }
+
+#[tokio::test]
+async fn a_suspect_is_asked_at_once_and_not_more_than_once_a_second() {
+    let backend = Backend::start(script(ok(), models(&[]))).await;
+    let probing = Probing::start(&once().backend(&backend.url()));
+    probing.probed_as(0, ProbeVerdict::Pass).await;
+    let (record, pool) = (probing.backend(0), probing.directory.snapshot().pools[0].clone());
+    assert!(pool.can_verify(0));
+    assert_eq!(record.last_verify(), None, "ordinary probes are none");
+    let wanted = clock::now();
+    for _ in 0..50 {
+        record.want_verify();
+    }
+    eventually(PATIENCE, || record.last_verify().is_some()).await;
+    let first = record.last_verify().unwrap();
+    assert!(first.answered && first.asked >= wanted && first.ended >= first.asked, "{first:?}");
+
+    backend.set_script(Script::new().probes(vec![Step::Stall]));
+    record.want_verify();
+    eventually(PATIENCE, || record.last_verify() != Some(first)).await;
+    let second = record.last_verify().unwrap();
+    assert!(!second.answered, "{second:?}");
+    assert!(second.asked.since(first.asked) >= Duration::from_secs(1), "{first:?} {second:?}");
+    // The judge hears of it like of any probe.
+    assert_eq!(record.last_probe().unwrap().verdict, ProbeVerdict::Fail);
+    assert_eq!(asked_for(&backend, "/health").len(), 3, "the ordinary one, and two on demand");
+}
+
+#[tokio::test]
+async fn a_probe_on_demand_waits_a_second_at_most_and_for_nobody() {
+    let backend = Backend::start(Script::new().probes(vec![Step::Stall])).await;
+    let probing = Probing::start(&once().backend(&backend.url()).set("pool.probe.timeout", FOR_EVER));
+    eventually(PATIENCE, || backend.open_connections() == 1).await;
+    let record = probing.backend(0);
+    record.want_verify();
+    eventually(PATIENCE, || record.last_verify().is_some()).await;
+    let verified = record.last_verify().unwrap();
+    let took = verified.ended.since(verified.asked);
+    assert!(!verified.answered && took >= Duration::from_secs(1) && took < PATIENCE, "{verified:?}");
+    // The ordinary probe goes on waiting.
+    eventually(PATIENCE, || backend.connections().len() == 2 && backend.open_connections() == 1).await;
+}
+
+#[tokio::test]
+async fn a_probe_on_demand_that_is_refused_or_answered_503_says_so() {
+    let backend = Backend::start(script(reply::busy(1), models(&[]))).await;
+    let probing = Probing::start(&once().backend(&backend.url()));
+    probing.probed_as(0, ProbeVerdict::Refusing).await;
+    let record = probing.backend(0);
+    let answered = || record.last_verify().map(|verified| verified.answered);
+    record.want_verify();
+    eventually(PATIENCE, || answered() == Some(true)).await;
+    backend.stop().await;
+    record.want_verify();
+    eventually(PATIENCE, || answered() == Some(false)).await;
+}
+
+#[tokio::test]
+async fn without_questions_nothing_can_be_verified() {
+    for kind in ["tcp", "off"] {
+        let backend = Backend::start(script(ok(), models(&[]))).await;
+        let pool = quick().backend(&backend.url()).set("pool.probe.kind", kind);
+        let probing = Probing::start(&pool);
+        let record = probing.backend(0);
+        assert!(!probing.directory.snapshot().pools[0].can_verify(0), "{kind}");
+        record.want_verify();
+        probing.lists(0, Some(&[])).await;
+        assert_eq!(record.last_verify(), None, "{kind}");
+        // A wish of the time before is not kept for the day when probes are switched on.
+        probing.apply(&quick().backend(&backend.url()));
+        probing.probed_as(0, ProbeVerdict::Pass).await;
+        assert_eq!(record.last_verify(), None, "{kind}");
+    }
+}

@@ -10,8 +10,8 @@
 //!    └── first token of a trial ┘     └────────── the trial fails ──────────────┘
 //! ```
 //!
-//! Faults are three in a row, a rate well below the peers', verified standstill, or misconfiguration. Three
-//! things lie across these states: the verdict of the probes, *busy* (a wish, never a fault) and *refusing*
+//! Faults are three in a row, a rate well below the peers', verified standstill, lasting slowness, or
+//! misconfiguration. Three things lie across these states: the verdict of the probes, *busy* (a wish, never a fault) and *refusing*
 //! (a probe answered 503). Back in service, the windows are empty and the share climbs for ten seconds.
 //!
 //! Invariants: an observation never removes the last eligible backend; one trial at a time; an ejection
@@ -19,7 +19,7 @@
 //! eligible again within that and one probe. With nobody eligible the caller sends suspects one attempt each ([`Panic`]), and such an attempt is as
 //! good as a trial.
 //!
-//! Not here: what is a fault (`policy::retry`), who is slow (`policy::progress`), doing anything about it.
+//! Not here: what is a fault (`policy::retry`), who is slow (`policy::outlier`), doing anything about it.
 
 mod admin;
 mod ejection;
@@ -33,6 +33,7 @@ pub use parameters::HealthPolicy;
 pub use transition::{EjectReason, KeptBecause, Transition};
 
 use super::Moment;
+use super::progress::Proof;
 use ejection::Doubling;
 use probing::{Change, Probing, Verdict};
 use std::time::Duration;
@@ -48,6 +49,9 @@ const TRIAL_LOST: Duration = Duration::from_secs(600);
 /// Below this success rate a backend is no witness against a request: of two that fail a tenth each by chance,
 /// one request in a hundred would be called at fault.
 const WITNESS_SUCCESS_RATE: f64 = 0.9;
+
+/// Late attempts in a row, each overtaken by a peer, of which the last is a fault.
+const SILENT_MIN: u32 = 2;
 
 /// A kept backend is reported again after so long.
 const KEPT_AGAIN: Duration = Duration::from_secs(60);
@@ -69,6 +73,8 @@ pub enum Observation {
     },
     /// It refuses our credentials, or does not know the model its peers serve.
     Misconfigured,
+    /// An attempt was late, and one that was begun beside it at a peer spoke first.
+    Silent,
     /// Nothing to learn.
     Neutral,
 }
@@ -198,6 +204,8 @@ pub struct Health {
     served_in_a_row: u32,
     /// What `served` was before the latest fault, which may yet be forgiven.
     served_before: Option<Moment>,
+    /// Late attempts that a peer overtook, since the last first token.
+    silent_in_a_row: u32,
     busy: Busy,
     kept_at: Option<Moment>,
     /// Copied from the policy and the peers at each call that has them, for those that have not.
@@ -267,6 +275,7 @@ impl Health {
             served: None,
             served_in_a_row: 0,
             served_before: None,
+            silent_in_a_row: 0,
             busy: Busy::default(),
             kept_at: None,
             known: Known {
@@ -312,6 +321,14 @@ impl Health {
                 self.is_busy(policy, now, until, rng)
             }
             Observation::Misconfigured => self.remove(policy, now, EjectReason::Misconfigured, peers, rng),
+            // One may be an accident of its own; a trial must do better.
+            Observation::Silent => {
+                self.silent_in_a_row = self.silent_in_a_row.saturating_add(1);
+                if !self.on_trial() && self.silent_in_a_row < SILENT_MIN {
+                    return None;
+                }
+                self.observe(policy, now, Observation::Fault, peers, rng)
+            }
             Observation::Neutral => {
                 self.abandon_trial();
                 None
@@ -404,17 +421,35 @@ impl Health {
         [phase, busy].into_iter().flatten().min()
     }
 
-    /// Ejects at once a backend that the caller has verified to be stuck, under the same rule about the
-    /// last one.
+    /// Ejects at once a backend that is proven to be stuck, under the same rule about the last one.
     pub fn eject_stuck(
         &mut self,
         policy: &HealthPolicy,
         now: Moment,
+        proof: Proof,
         peers: &Peers,
         rng: &mut fastrand::Rng,
     ) -> Option<Transition> {
         self.remember(policy, peers);
-        self.remove(policy, now, EjectReason::Stuck, peers, rng)
+        self.remove(policy, now, EjectReason::Stuck(proof), peers, rng)
+    }
+
+    /// Ejects a backend that has been `ratio` times slower than its peers for long enough, under the rules of the
+    /// success rate: not the last eligible, and not when half of the pool is ejected already. A trial is judged
+    /// by its first token, not by this.
+    pub fn eject_slow(
+        &mut self,
+        policy: &HealthPolicy,
+        now: Moment,
+        ratio: f64,
+        peers: &Peers,
+        rng: &mut fastrand::Rng,
+    ) -> Option<Transition> {
+        self.remember(policy, peers);
+        if self.on_trial() {
+            return None;
+        }
+        self.remove(policy, now, EjectReason::Slow { ratio }, peers, rng)
     }
 
     /// True for exactly one caller in probation, until an outcome is observed or the trial is abandoned.
@@ -577,6 +612,7 @@ impl Health {
         fresh: bool,
     ) -> Option<Transition> {
         self.served = Some(now);
+        self.silent_in_a_row = 0;
         self.served_in_a_row = self.served_in_a_row.saturating_add(1);
         match (self.phase, self.probing.verdict) {
             (Phase::Serving, Verdict::Unknown) if self.known.probes => {
@@ -653,7 +689,8 @@ impl Health {
         match self.phase {
             Phase::Serving if self.barred() => return None,
             Phase::Serving => {
-                let statistical = matches!(reason, EjectReason::SuccessRate { .. });
+                let statistical =
+                    matches!(reason, EjectReason::SuccessRate { .. } | EjectReason::Slow { .. });
                 if peers.others_eligible == 0 {
                     return self.keep(now, reason, KeptBecause::LastEligible);
                 }
@@ -670,9 +707,10 @@ impl Health {
                 let lasts = ejection::shortened(policy.misconfigured_ejection, policy.ejection_jitter, rng);
                 (lasts, self.doubling.times())
             }
-            EjectReason::ConsecutiveFaults(_) | EjectReason::SuccessRate { .. } | EjectReason::Stuck => {
-                self.doubling.next(policy, rng)
-            }
+            EjectReason::ConsecutiveFaults(_)
+            | EjectReason::SuccessRate { .. }
+            | EjectReason::Stuck(_)
+            | EjectReason::Slow { .. } => self.doubling.next(policy, rng),
         };
         let until = self.leave(now, lasts);
         Some(Transition::Ejected { until, lasts, times, reason })
@@ -773,6 +811,7 @@ impl Health {
         self.phase = Phase::Serving;
         self.window.clear();
         self.faults_in_a_row = 0;
+        self.silent_in_a_row = 0;
         self.kept_at = None;
         self.healthy_since = now;
         self.ramp_from = Some(now);

@@ -6,6 +6,7 @@ use super::{
 };
 use crate::policy::Moment;
 use crate::policy::health::{Administrative, may_receive};
+use crate::policy::progress::Proof;
 use proptest::prelude::{
     Just, ProptestConfig, Strategy, any, prop, prop_assert, prop_assert_eq, prop_oneof, proptest,
 };
@@ -428,7 +429,7 @@ fn the_last_eligible_is_kept_and_goes_when_another_returns() {
     assert!(matches!(kept, Some(Transition::Kept { because: KeptBecause::LastEligible, .. })), "{kept:?}");
     assert_eq!(bench.observe_times(Observation::Fault, 50), None, "told once");
     assert_eq!(
-        bench.health.eject_stuck(&bench.policy, bench.now, &bench.peers, &mut bench.rng),
+        bench.health.eject_stuck(&bench.policy, bench.now, Proof::Outrun, &bench.peers, &mut bench.rng),
         None,
         "nor for being stuck"
     );
@@ -455,9 +456,40 @@ fn a_misconfigured_backend_is_out_for_long_and_each_failed_trial_repeats_it() {
 #[test]
 fn a_stuck_backend_is_ejected_without_a_fault() {
     let mut bench = Bench::healthy();
-    let ejected = bench.health.eject_stuck(&bench.policy, bench.now, &bench.peers, &mut bench.rng);
-    assert!(matches!(ejected, Some(Transition::Ejected { reason: EjectReason::Stuck, .. })));
+    let ejected =
+        bench.health.eject_stuck(&bench.policy, bench.now, Proof::Outrun, &bench.peers, &mut bench.rng);
+    assert!(matches!(ejected, Some(Transition::Ejected { reason: EjectReason::Stuck(Proof::Outrun), .. })));
     assert!(bench.out());
+}
+
+#[test]
+fn a_slow_backend_is_ejected_under_the_rules_of_the_success_rate() {
+    let slow = |bench: &mut Bench| {
+        let Bench { policy, now, peers, rng, health } = bench;
+        health.eject_slow(policy, *now, 7.0, peers, rng)
+    };
+    let mut bench = Bench::healthy();
+    bench.peers = ALONE;
+    assert!(matches!(slow(&mut bench), Some(Transition::Kept { because: KeptBecause::LastEligible, .. })));
+    let mut bench = Bench::healthy();
+    bench.peers = Peers { members: 4, others_eligible: 1, others_ejected: 2, ..ONE_OTHER };
+    assert!(matches!(slow(&mut bench), Some(Transition::Kept { because: KeptBecause::HalfEjected, .. })));
+    assert!(bench.eligible());
+    bench.peers.others_ejected = 1;
+    let ejected = slow(&mut bench);
+    assert!(
+        matches!(
+            ejected,
+            Some(Transition::Ejected { times: 1, reason: EjectReason::Slow { ratio: 7.0 }, .. })
+        ),
+        "{ejected:?}"
+    );
+    assert!(bench.out());
+    assert_eq!(slow(&mut bench), None, "it is out already");
+    let mut bench = Bench::on_probation();
+    assert!(bench.health.begin_trial(bench.now));
+    assert_eq!(slow(&mut bench), None, "of work begun before the ejection");
+    assert!(bench.health.on_trial());
 }
 
 #[test]
@@ -644,6 +676,7 @@ enum Happening {
     BeginTrial,
     AbandonTrial,
     Stuck,
+    Slow,
     Pass(u32),
 }
 
@@ -670,6 +703,7 @@ fn happening() -> impl Strategy<Value = Happening> {
         1 => Just(Happening::BeginTrial),
         1 => Just(Happening::AbandonTrial),
         1 => Just(Happening::Stuck),
+        1 => Just(Happening::Slow),
         4 => (0u32..20_000_000).prop_map(Happening::Pass),
     ]
 }
@@ -755,7 +789,8 @@ impl Pool {
                 health.abandon_trial();
                 None
             }
-            Happening::Stuck => health.eject_stuck(policy, now, &peers, rng),
+            Happening::Stuck => health.eject_stuck(policy, now, Proof::Unanswered, &peers, rng),
+            Happening::Slow => health.eject_slow(policy, now, 6.0, &peers, rng),
             Happening::Pass(micros) => {
                 self.now = self.now + Duration::from_micros(u64::from(micros));
                 None

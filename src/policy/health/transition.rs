@@ -1,6 +1,7 @@
 //! What happened to a backend, as values with their reasons: the caller logs, counts and publishes them.
 
 use crate::policy::Moment;
+use crate::policy::progress::Proof;
 use std::fmt;
 use std::time::Duration;
 
@@ -18,8 +19,13 @@ pub enum EjectReason {
     },
     /// It refuses our credentials or does not know the model its peers serve.
     Misconfigured,
-    /// Unfinished work stands still there while its peers move (verified by the caller).
-    Stuck,
+    /// Unfinished work stands still there, for this proof.
+    Stuck(Proof),
+    /// It has been much slower than its peers for some time (`policy::outlier`).
+    Slow {
+        /// So many times.
+        ratio: f64,
+    },
 }
 
 impl EjectReason {
@@ -29,7 +35,8 @@ impl EjectReason {
             Self::ConsecutiveFaults(_) => "consecutive_faults",
             Self::SuccessRate { .. } => "success_rate",
             Self::Misconfigured => "misconfigured",
-            Self::Stuck => "stuck",
+            Self::Stuck(_) => "stuck",
+            Self::Slow { .. } => "slow",
         }
     }
 }
@@ -42,7 +49,11 @@ impl fmt::Display for EjectReason {
                 write!(f, "success rate {rate:.2} while the median of its peers is {peers:.2}")
             }
             Self::Misconfigured => f.write_str("misconfigured"),
-            Self::Stuck => f.write_str("stuck"),
+            Self::Stuck(Proof::Unanswered) => f.write_str("its work stands still and it does not answer"),
+            Self::Stuck(Proof::Outrun) => {
+                f.write_str("its work stands still while its peers serve what came later")
+            }
+            Self::Slow { ratio } => write!(f, "{ratio:.1} times slower than its peers"),
         }
     }
 }
@@ -52,7 +63,7 @@ impl fmt::Display for EjectReason {
 pub enum KeptBecause {
     /// No other backend of the pool is eligible.
     LastEligible,
-    /// Half of the pool is ejected already, and a rate is no proof of death.
+    /// Half of the pool is ejected already, and a rate or a speed is no proof of death.
     HalfEjected,
 }
 

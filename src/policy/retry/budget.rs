@@ -52,6 +52,12 @@ impl Budget {
         true
     }
 
+    /// Requests of the last ten seconds.
+    pub fn requests(&mut self, now: Moment) -> u64 {
+        self.roll(now);
+        self.requests
+    }
+
     /// Retries that could be made now.
     pub fn left(&mut self, now: Moment, policy: &RetryPolicy) -> f64 {
         self.roll(now);
