@@ -136,13 +136,13 @@ impl Pool {
 
     /// Nobody is out now, and nobody's fault was counted.
     fn nobody_was_blamed(&self) {
-        let out: Vec<usize> = (0..REPLICAS).filter(|replica| self.is_out(*replica)).collect();
-        assert!(out.is_empty(), "out, though only slow: {out:?}");
-        assert_eq!(self.faults(), 0, "slowness was counted as a fault");
         let events = self.proxy.telemetry.events.latest();
-        let blamed = events.iter().filter(|event| matches!(event.event, "ejected" | "probes_failed"));
-        let blamed: Vec<&String> = blamed.map(|event| &event.text).collect();
-        assert!(blamed.is_empty(), "{blamed:?}");
+        let told: Vec<String> =
+            events.iter().map(|event| format!("{}: {}", event.event, event.text)).collect();
+        let blamed = events.iter().any(|event| matches!(event.event, "ejected" | "probes_failed"));
+        let out: Vec<usize> = (0..REPLICAS).filter(|replica| self.is_out(*replica)).collect();
+        assert!(out.is_empty() && !blamed, "blamed, though only slow; out are {out:?}: {told:#?}");
+        assert_eq!(self.faults(), 0, "slowness was counted as a fault: {told:#?}");
     }
 }
 

@@ -408,7 +408,12 @@ impl<S: AsyncRead + AsyncWrite + Send + Unpin> Io for S {}
 async fn connection(state: Arc<State>, stream: TcpStream) {
     stream.set_nodelay(true).unwrap();
     let number = state.opened.fetch_add(1, SeqCst);
-    let wire = Wire { tcp: Arc::new(stream), broken: Arc::default(), dribble: Arc::default() };
+    let wire = Wire {
+        tcp: Arc::new(stream),
+        broken: Arc::default(),
+        closing: Arc::default(),
+        dribble: Arc::default(),
+    };
     let line = Line { wire: wire.clone(), state: Arc::clone(&state), thaw: None, pause: None };
     let greeting = state.greeting.lock().clone();
     if let Some(acts) = greeting {
@@ -441,6 +446,8 @@ struct Wire {
     tcp: Arc<TcpStream>,
     /// It is to be reset when it ends.
     broken: Arc<AtomicBool>,
+    /// Its end is decided: no further stream begins on it.
+    closing: Arc<AtomicBool>,
     dribble: Arc<Mutex<Option<Duration>>>,
 }
 
@@ -765,7 +772,12 @@ impl Two {
     async fn answer(mut self, request: http::Request<RecvStream>, place: Place) {
         let path = request.uri().path().to_owned();
         let number = request.headers().get(NUMBER).and_then(|number| number.to_str().ok()?.parse().ok());
-        let (entry, acts) = self.state.asked(&path, number, place);
+        let (entry, mut acts) = self.state.asked(&path, number, place);
+        if self.wire.closing.load(SeqCst) {
+            acts = Some(vec![Act::Stall]);
+        } else if acts.iter().flatten().any(|act| matches!(act, Act::Fin | Act::Kill)) {
+            self.wire.closing.store(true, SeqCst);
+        }
         let mut note = Note::new(&self.state, entry, number);
         let mut incoming = request.into_body();
         let mut body = BytesMut::new();

@@ -96,7 +96,11 @@ fn not_kept(text: &mut String, played: &[(Cell, Played)]) {
             .collect();
         let failed: usize = broken.iter().map(|(_, played)| played.failed).sum();
         let cells = format!("{} of {} cells ({})", broken.len(), line.len(), places.join(", "));
-        let failed = if failed > 0 { format!("{failed} requests in ") } else { String::new() };
+        let failed = match failed {
+            0 => String::new(),
+            1 => "1 request in ".to_owned(),
+            _ => format!("{failed} requests in "),
+        };
         wrapped(&mut told, &format!("- {} {}: {failed}{cells}", row.id, row.what));
     }
     if !told.is_empty() {
