@@ -139,7 +139,8 @@ impl Pool {
         let events = self.proxy.telemetry.events.latest();
         let told: Vec<String> =
             events.iter().map(|event| format!("{}: {}", event.event, event.text)).collect();
-        let blamed = events.iter().any(|event| matches!(event.event, "ejected" | "probes_failed"));
+        let blames = |text: &str| text.starts_with("ejected") || text.starts_with("unhealthy");
+        let blamed = events.iter().any(|event| blames(&event.text));
         let out: Vec<usize> = (0..REPLICAS).filter(|replica| self.is_out(*replica)).collect();
         assert!(out.is_empty() && !blamed, "blamed, though only slow; out are {out:?}: {told:#?}");
         assert_eq!(self.faults(), 0, "slowness was counted as a fault: {told:#?}");
