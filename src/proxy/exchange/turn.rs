@@ -188,6 +188,7 @@ impl Exchange {
             affinity: self.leg.affinity,
             only: self.turn.as_ref().and_then(Turn::place),
             prompt_bytes: self.asked.prompt_bytes,
+            proven_since: self.failed.map(|_| self.ledger.started),
             replayable: self.is_replayable(),
             paid: self.failed.is_some_and(|facts| facts.sent && !facts.is_stale_connection()),
         }
