@@ -79,7 +79,7 @@ async fn tenfold_overload_keeps_all_slots_busy_and_the_queue_short() {
             (503, "queue_timeout") => WAIT_MAX + AT_ONCE,
             other => panic!("{other:?}"),
         };
-        assert!(answer.elapsed < until, "{code} after {:?}", answer.elapsed);
+        late += usize::from(answer.elapsed >= until);
         assert!(
             retry_after(answer).is_some_and(|seconds| (1..=60).contains(&seconds)),
             "{:?}",
