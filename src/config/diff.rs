@@ -283,6 +283,7 @@ fn one_pool(changes: &mut Vec<Change>, old: &Pool, new: &Pool) {
         balance,
         health,
         probe,
+        load,
         progress,
         outlier,
         retry,
@@ -290,6 +291,7 @@ fn one_pool(changes: &mut Vec<Change>, old: &Pool, new: &Pool) {
         clocks,
         tls,
         http,
+        fallbacks,
     } = new;
     let keys = named([
         ("models", old.models != *models),
@@ -297,6 +299,7 @@ fn one_pool(changes: &mut Vec<Change>, old: &Pool, new: &Pool) {
         ("balance", old.balance != *balance),
         ("health", old.health != *health),
         ("probe", old.probe != *probe),
+        ("load", old.load != *load),
         ("progress", old.progress != *progress),
         ("outlier", old.outlier != *outlier),
         ("retry", old.retry != *retry),
@@ -304,6 +307,7 @@ fn one_pool(changes: &mut Vec<Change>, old: &Pool, new: &Pool) {
         ("clocks", old.clocks != *clocks),
         ("tls", old.tls != *tls),
         ("http", old.http != *http),
+        ("fallback", old.fallbacks != *fallbacks),
     ]);
     if !keys.is_empty() {
         changes.push(Change::PoolChanged { pool: name.clone(), keys });
@@ -434,6 +438,11 @@ path_prefix = "/b"
                 "name = \"b\"",
                 "name = \"b\"\nhttp = \"1\"\nmodels = [\"m\"]",
                 &["pool b changed: models, http"],
+            ),
+            (
+                "[[route]]",
+                "[[pool.fallback]]\npool = \"a\"\non = [\"busy\"]\n[[route]]",
+                &["pool b changed: fallback"],
             ),
             ("path_prefix = \"/b\"", "path_prefix = \"/c\"", &["routes changed (1 -> 1)"]),
             (

@@ -7,10 +7,14 @@
 pub mod admission;
 pub mod balance;
 pub mod dialect;
+pub mod fallback;
 pub mod health;
 pub mod hedge;
+pub mod identity;
 pub mod json;
+pub mod load;
 pub mod outlier;
+pub mod poison;
 pub mod progress;
 pub mod retry;
 pub mod route;

@@ -65,6 +65,8 @@ pub struct Wanted<'a> {
     pub affinity: Option<u64>,
     /// Bytes of the request body.
     pub prompt_bytes: u64,
+    /// The only backend that may take it, where it is kept apart from others.
+    pub only: Option<BackendId>,
     /// Whether it may be lost: then it may be a backend's trial.
     pub replayable: bool,
     /// The retry budget has paid for this attempt already.
@@ -163,7 +165,10 @@ impl Pool {
                 continue;
             }
             any = true;
-            let open = member.backend.admin() == Administrative::Enabled && !wanted.has_tried(member);
+            let open = member.backend.admin() == Administrative::Enabled
+                && !wanted.has_tried(member)
+                && !self.lacks(i, wanted.model)
+                && !self.yields_to_doubt(i, wanted, now);
             let judge = if waits(whole) { whole } else { model };
             if open && judge.begin_trial(now) {
                 let trial = Trial { judge: judge.clone(), state: self.state.clone() };
@@ -192,6 +197,7 @@ impl Pool {
                 let standing = self.standing(i, wanted.model, now);
                 !matches!(standing, Standing::Eligible { .. } | Standing::Probation)
                     && !wanted.has_tried(member)
+                    && !self.lacks(i, wanted.model)
                     && panic.admits(standing, member.backend.admin(), member.backend.in_flight() as usize)
             })
             .collect();
@@ -272,9 +278,13 @@ impl Pool {
         first
     }
 
-    /// What may be sent to member `i` for `model`: the stricter of its two judges.
+    /// What may be sent to member `i` for `model`: the stricter of its two judges, and nothing of what it is known
+    /// not to serve.
     pub fn standing(&self, i: usize, model: Option<&str>, now: Moment) -> Standing {
         let backend = &self.members[i].backend;
+        if self.lacks(i, model) {
+            return Standing::Out { until: None };
+        }
         let whole = backend.whole().standing(&self.config.health, now);
         if model.is_none() || !matches!(whole, Standing::Eligible { .. }) {
             return whole;
@@ -294,8 +304,10 @@ impl Pool {
 }
 
 impl Wanted<'_> {
-    fn has_tried(&self, member: &Member) -> bool {
-        self.tried.contains(&member.backend.id)
+    /// Whether it is out of the question: tried, or not the only one that may take it.
+    pub(super) fn has_tried(&self, member: &Member) -> bool {
+        let id = member.backend.id;
+        self.only.is_some_and(|only| only != id) || self.tried.contains(&id)
     }
 }
 
@@ -334,6 +346,9 @@ impl Candidates for View<'_> {
         let Standing::Eligible { share } = self.pool.standing(i, self.wanted.model, self.now) else {
             return false;
         };
+        if backend.is_doubted() && self.pool.yields_to_doubt(i, self.wanted, self.now) {
+            return false;
+        }
         match member.cap() {
             None => true,
             Some(cap) => f64::from(backend.in_flight()) < (f64::from(cap) * f64::from(share)).max(1.0),
@@ -343,9 +358,10 @@ impl Candidates for View<'_> {
     fn load(&self, i: usize) -> f64 {
         let backend = &self.pool.members[i].backend;
         let work = backend.work.load(std::sync::atomic::Ordering::Relaxed);
+        let others = u64::from(backend.foreign.requests(self.now)) * UNITS;
         let coming = UNITS;
         let penalty = backend.whole().failure_factor(self.now) * backend.signs.slow_factor();
-        (work + coming) as f64 * penalty / (UNITS as f64 * self.weight(i))
+        (work + others + coming) as f64 * penalty / (UNITS as f64 * self.weight(i))
     }
 
     fn weight(&self, i: usize) -> f64 {

@@ -1,22 +1,27 @@
 //! What a pool keeps over reloads, and what its exchanges share: budget, rotation, who waits, what speed is usual.
 
-use std::sync::Arc;
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use arc_swap::ArcSwapOption;
 use parking_lot::{Mutex, RwLock};
 
 use crate::clock;
 use crate::policy::Moment;
 use crate::policy::admission::{Completions, Full, Priority};
+use crate::policy::identity::Roster;
 use crate::policy::progress::ProgressPolicy;
 use crate::policy::retry::{Budget, Burst, RetryPolicy};
+use crate::pool::backend::BackendId;
 use crate::pool::line::{Joining, Line, Reason, Waiting};
 use crate::pool::pick::Class;
 use crate::pool::tempo::{Hedge, Tempo};
+use crate::pool::ward::Ward;
 use crate::telemetry::Telemetry;
 use crate::telemetry::events::BudgetEmpty;
-use crate::telemetry::metrics::PoolMetrics;
+use crate::telemetry::metrics::{MODELS_MAX, PoolMetrics};
 
 /// How far back the highest in-flight count reaches that the burst allowance is measured by.
 const PEAK_PERIOD: Duration = Duration::from_secs(30);
@@ -33,6 +38,8 @@ pub struct PoolState {
     /// Its metric handles.
     pub metrics: PoolMetrics,
     pub(super) telemetry: Arc<Telemetry>,
+    /// Requests that killed replicas.
+    pub ward: Arc<Ward>,
     /// Rotation of round robin.
     pub(super) cursor: AtomicUsize,
     budget: Mutex<Budget>,
@@ -44,6 +51,14 @@ pub struct PoolState {
     trials: AtomicBool,
     /// Its backends list several models between them, so that each model is judged by itself.
     pub(super) several_models: AtomicBool,
+    /// The model that was served first: in most pools the only one.
+    first_served: OnceLock<Box<str>>,
+    /// The others, at most [`MODELS_MAX`].
+    served: RwLock<HashSet<Box<str>>>,
+    /// Who lacks a model that others list; none while all lists are equal.
+    pub(super) roster: ArcSwapOption<Roster<BackendId>>,
+    /// Hash of the configured names of which a backend has listed one; 0 for none.
+    pub(super) names_seen: AtomicU64,
     /// Who waits, in all lines: spares looking at them.
     waiters: AtomicUsize,
     line: Arc<Line>,
@@ -67,6 +82,7 @@ impl PoolState {
         Self {
             metrics: telemetry.metrics.pool(name),
             telemetry,
+            ward: Arc::default(),
             cursor: AtomicUsize::new(0),
             budget: Mutex::default(),
             burst: Mutex::default(),
@@ -74,6 +90,10 @@ impl PoolState {
             peak_before: Mutex::new((0, clock::now())),
             trials: AtomicBool::new(true),
             several_models: AtomicBool::new(false),
+            first_served: OnceLock::new(),
+            served: RwLock::default(),
+            roster: ArcSwapOption::empty(),
+            names_seen: AtomicU64::new(0),
             waiters: AtomicUsize::new(0),
             line: Arc::default(),
             lines: RwLock::default(),
@@ -141,6 +161,23 @@ impl PoolState {
         if now.since(before.1) >= PEAK_PERIOD {
             *before = (self.peak.swap(0, Ordering::Relaxed), now);
         }
+    }
+
+    /// A backend served this model: it exists, whoever lists it.
+    pub fn serves(&self, model: &str) {
+        if **self.first_served.get_or_init(|| model.into()) == *model || self.has_served(model) {
+            return;
+        }
+        let mut served = self.served.write();
+        if served.len() < MODELS_MAX {
+            served.insert(model.into());
+        }
+        self.several_models.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether a backend has served this model.
+    pub(super) fn has_served(&self, model: &str) -> bool {
+        self.first_served.get().is_some_and(|first| **first == *model) || self.served.read().contains(model)
     }
 
     pub(super) fn trials_open(&self) -> bool {

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header};
 
 use crate::policy::dialect::{
     Dialect, Endpoint, Rejection, error_body, error_event, grpc_message, grpc_status,
@@ -16,6 +16,8 @@ use crate::proxy::ledger::Ledger;
 use crate::proxy::relay::AnswerBody;
 use crate::telemetry::metrics::End;
 
+/// Read by the client libraries of OpenAI and Anthropic before they send a failed request again.
+const X_SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
 /// `Retry-After` when nothing better is known: a pool whose backends are down is probed every second.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
@@ -62,6 +64,8 @@ pub(super) enum Refusal {
         /// Why there was no further attempt.
         enough: &'static str,
     },
+    /// It has killed the replicas that touched it, and is sent to no more of them.
+    Kills,
     /// The backend's answer broke off after the client had seen part of it.
     Lost(Cause),
 }
@@ -80,6 +84,7 @@ impl Refusal {
             Self::NoRoute => "no_route",
             Self::Down => "no_backend_available",
             Self::Busy(_) => "backends_busy",
+            Self::Kills => "request_kills_backends",
             Self::QueueFull(_) => "queue_full",
             Self::QueueTimeout(_) => "queue_timeout",
             Self::Failed { cause, .. } | Self::Lost(cause) if is_timeout(*cause) => "backend_timeout",
@@ -103,7 +108,7 @@ impl Refusal {
             Self::Failed { cause, .. } | Self::Lost(cause) if is_timeout(*cause) => {
                 StatusCode::GATEWAY_TIMEOUT
             }
-            Self::Failed { .. } | Self::Lost(_) => StatusCode::BAD_GATEWAY,
+            Self::Failed { .. } | Self::Lost(_) | Self::Kills => StatusCode::BAD_GATEWAY,
         }
     }
 
@@ -158,6 +163,10 @@ impl Refusal {
             Self::Failed { cause, enough } => format!(
                 "the backends failed this request ({attempts} attempts, last: {}; {enough})",
                 cause.name()
+            )
+            .into(),
+            Self::Kills => format!(
+                "every backend that took this request died of it ({attempts} attempts); do not send it again"
             )
             .into(),
             Self::Lost(cause) => {
@@ -215,6 +224,9 @@ pub(super) fn refuse(mut ledger: Ledger, dialect: Dialect, refusal: &Refusal) ->
     if let Some(after) = rejection.retry_after {
         headers.insert(header::RETRY_AFTER, whole_seconds(after));
     }
+    if matches!(refusal, Refusal::Kills) {
+        headers.insert(X_SHOULD_RETRY, HeaderValue::from_static("false"));
+    }
     if refusal.closes() {
         headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
@@ -236,7 +248,9 @@ pub(super) fn whole_seconds(after: Duration) -> HeaderValue {
 /// gRPC over HTTP/2, "Trailers-Only": the status travels in the one block of fields there is.
 fn grpc_trailers_only(headers: &mut HeaderMap, rejection: &Rejection<'_>) {
     headers.insert("grpc-status", grpc_status(rejection.status).into());
-    if let Ok(message) = HeaderValue::from_str(&grpc_message(&rejection.message)) {
+    if let Ok(message) =
+        HeaderValue::from_str(&grpc_message(&format!("{}: {}", rejection.code, rejection.message)))
+    {
         headers.insert("grpc-message", message);
     }
 }

@@ -20,6 +20,7 @@ use prometheus::{Gauge, Histogram, HistogramOpts, IntCounter, IntGauge, Opts, Re
 use super::events::Quiet;
 use crate::policy::admission::Priority;
 use crate::policy::health::ProbeVerdict;
+use crate::policy::load::Reported;
 
 /// Most models with a label of their own, per backend; the rest share `other`. Model names come from
 /// clients and backends, and each is a series.
@@ -282,6 +283,7 @@ struct PoolFamilies {
     budget_empty: Family<IntCounter>,
     hedges: Family<IntCounter>,
     resumes: Family<IntCounter>,
+    fallbacks: Family<IntCounter>,
 }
 
 #[derive(Debug)]
@@ -305,6 +307,10 @@ struct BackendFamilies {
     model_attempts: Family<IntCounter>,
     model_faults: Family<IntCounter>,
     model_eligible: Family<IntGauge>,
+    reported_running: Family<IntGauge>,
+    reported_waiting: Family<IntGauge>,
+    reported_cache_used: Family<Gauge>,
+    foreign_requests: Family<IntGauge>,
 }
 
 impl Default for Metrics {
@@ -444,6 +450,12 @@ impl Metrics {
                     "Broken streams, by whether they were continued.",
                     &["pool", "result"],
                 ),
+                fallbacks: counters(
+                    &r,
+                    "fallbacks_total",
+                    "Requests of this pool that were sent to another one, by why.",
+                    &["pool", "cause"],
+                ),
             },
             backend: BackendFamilies {
                 attempts: counters(
@@ -554,6 +566,30 @@ impl Metrics {
                     "model_eligible",
                     "1 while the backend may receive attempts for this model.",
                     &["pool", "backend", "model"],
+                ),
+                reported_running: gauges(
+                    &r,
+                    "backend_reported_running",
+                    "Requests the engine says it works on.",
+                    pool_backend,
+                ),
+                reported_waiting: gauges(
+                    &r,
+                    "backend_reported_waiting",
+                    "Requests the engine says wait in it.",
+                    pool_backend,
+                ),
+                reported_cache_used: float_gauges(
+                    &r,
+                    "backend_reported_cache_used_ratio",
+                    "Share of its KV cache the engine says is in use.",
+                    pool_backend,
+                ),
+                foreign_requests: gauges(
+                    &r,
+                    "backend_foreign_requests",
+                    "Requests in the engine beyond those sent from here.",
+                    pool_backend,
                 ),
             },
         });
@@ -855,6 +891,11 @@ impl PoolMetrics {
         self.families.pool.hedges.get(&[&self.pool, result]).inc();
     }
 
+    /// Counts a request of this pool that goes to another one, by why.
+    pub fn count_fallback(&self, cause: &'static str) {
+        self.families.pool.fallbacks.get(&[&self.pool, cause]).inc();
+    }
+
     /// Counts a broken stream: `resumed`, or why not.
     pub fn count_resume(&self, result: &'static str) {
         self.families.pool.resumes.get(&[&self.pool, result]).inc();
@@ -938,6 +979,35 @@ impl BackendMetrics {
     /// Counts one probe.
     pub fn count_probe(&self, result: ProbeResult) {
         self.probes[result as usize].inc();
+    }
+
+    /// What the engine said of its load, and how many requests in it are not ours. None when nothing is known (any
+    /// more): no series is better than an old number. Looked up by name: not for the hot path.
+    pub fn set_reported(&self, reported: Option<(Reported, u32)>) {
+        // As in `count`: a late word must not bring the series of a removed backend back.
+        let _ordered = self.models.lock();
+        let BackendFamilies {
+            reported_running, reported_waiting, reported_cache_used, foreign_requests, ..
+        } = &self.families.backend;
+        let labels = &[self.pool.as_str(), self.backend.as_str()];
+        let is_other = |of: &[String]| of != labels;
+        let known = reported.filter(|_| !self.retired.load(Ordering::Acquire));
+        match known {
+            Some((Reported { running, waiting, .. }, foreign)) => {
+                reported_running.get(labels).set(i64::from(running));
+                reported_waiting.get(labels).set(i64::from(waiting));
+                foreign_requests.get(labels).set(i64::from(foreign));
+            }
+            None => {
+                for family in [reported_running, reported_waiting, foreign_requests] {
+                    family.retain(&is_other);
+                }
+            }
+        }
+        match known.and_then(|(reported, _)| reported.cache_used) {
+            Some(used) => reported_cache_used.get(labels).set(used),
+            None => reported_cache_used.retain(&is_other),
+        }
     }
 
     pub(super) fn count_ejection(&self, reason: &'static str) {
@@ -1030,6 +1100,10 @@ impl BackendFamilies {
             model_attempts,
             model_faults,
             model_eligible,
+            reported_running,
+            reported_waiting,
+            reported_cache_used,
+            foreign_requests,
         } = self;
         for family in [
             attempts,
@@ -1048,6 +1122,10 @@ impl BackendFamilies {
         for family in [in_flight, cap, connections_open, healthy, eligible, model_eligible] {
             family.retain(keep);
         }
+        for family in [reported_running, reported_waiting, foreign_requests] {
+            family.retain(keep);
+        }
+        reported_cache_used.retain(keep);
         for family in [first_byte, first_token, duration] {
             family.retain(keep);
         }
@@ -1069,8 +1147,9 @@ impl PoolFamilies {
             budget_empty,
             hedges,
             resumes,
+            fallbacks,
         } = self;
-        for family in [queue_refused, retries, budget_empty, hedges, resumes] {
+        for family in [queue_refused, retries, budget_empty, hedges, resumes, fallbacks] {
             family.retain(keep);
         }
         for family in [backends, eligible, panic_mode, waiting, queue] {

@@ -375,8 +375,9 @@ async fn f12_a_refused_credential_of_our_own_is_a_misconfiguration() {
 async fn f12_a_missing_model_is_a_misconfiguration_only_where_a_peer_lists_it() {
     let missing = json!({"error": {"message": "The model `test-model` does not exist.", "type": "NotFoundError", "code": 404}});
     for http in Http::BOTH {
-        let none = reply::json(200, &json!({"object": "list", "data": []}));
-        let lacking = Backend::start(Script::new().probes(none).answer_json(404, &missing)).await;
+        // It gives no list; by one it would be known, and never asked.
+        let lacking =
+            Backend::start(Script::new().probes(reply::error(404)).answer_json(404, &missing)).await;
         let peer = Backend::healthy().await;
         let proxy = Proxy::start(&in_order(&[&lacking.url(), &peer.url()]));
         eventually(PATIENCE, || proxy.backend(peer.addr()).lists("test-model")).await;

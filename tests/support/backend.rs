@@ -484,6 +484,11 @@ impl Conversation {
                 self.socket.reset = true;
                 Flow::Over
             }
+            Step::Die => {
+                let state = Arc::clone(&self.socket.state);
+                state.order(Order::Die).await;
+                Flow::Over
+            }
             Step::CloseListener => {
                 let state = Arc::clone(&self.socket.state);
                 state.order(Order::CloseListener).await;

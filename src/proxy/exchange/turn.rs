@@ -14,9 +14,10 @@ use super::Exchange;
 use crate::clock;
 use crate::policy::Moment;
 use crate::policy::admission::{Full, Priority};
+use crate::policy::fallback::FallbackCause;
 use crate::policy::health::Observation;
 use crate::policy::retry::{Facts, backoff};
-use crate::pool::{About, BackendId, Choice, Joining, Nobody, Pool, Waiting, Wanted};
+use crate::pool::{About, BackendId, Choice, Joining, Nobody, Pool, Turn, Waiting, Wanted};
 use crate::proxy::respond::Refusal;
 use crate::proxy::worker::Worker;
 use crate::upstream::Want;
@@ -55,7 +56,7 @@ impl Exchange {
         let waited = self.wait(nobody).await;
         waited.inspect_err(|refusal| {
             if let Some(reason) = refusal.queue_reason() {
-                self.pool.state.metrics.count_queue_refusal(reason);
+                self.leg.pool.state.metrics.count_queue_refusal(reason);
             }
         })
     }
@@ -63,11 +64,11 @@ impl Exchange {
     /// What an ejection threw off goes elsewhere in its turn, with the rest of a crowd that might do to the
     /// survivors what it did to the dead one. None where there is no crowd, or nobody else.
     async fn elsewhere(&mut self) -> Option<Choice> {
-        if self.history.attempts() == 0 || !self.pool.state.is_rescuing() {
+        if self.history.attempts() == 0 || !self.leg.pool.state.is_rescuing() {
             return None;
         }
         let most = clock::now() + RESCUE_WAIT_MAX;
-        let end = self.asked.total.map_or(most, |total| total.min(most));
+        let end = self.leg.total.map_or(most, |total| total.min(most));
         let waiting = self.join(end, true).ok()?;
         // Its turn or its time: it was admitted long ago.
         waiting.turn(end).await;
@@ -79,10 +80,10 @@ impl Exchange {
 
     /// What one who arrives has to wait for, where others wait already.
     fn not_its_turn(&self) -> Option<Nobody> {
-        let state = &self.pool.state;
+        let state = &self.leg.pool.state;
         let waits =
             state.waiters() > 0 && self.history.attempts() == 0 && state.someone_waits(self.judged_model());
-        waits.then(|| self.pool.nobody(&self.wanted()))
+        waits.then(|| self.leg.pool.nobody(&self.wanted()))
     }
 
     async fn wait(&mut self, mut nobody: Nobody) -> Result<Choice, Refusal> {
@@ -94,8 +95,8 @@ impl Exchange {
                 self.back_off(end).await;
                 self.tried.clear();
                 self.follow_reload();
-                let someone_waits = self.pool.state.someone_waits(self.judged_model());
-                match if someone_waits { Err(self.pool.nobody(&self.wanted())) } else { self.pick() } {
+                let someone_waits = self.leg.pool.state.someone_waits(self.judged_model());
+                match if someone_waits { Err(self.leg.pool.nobody(&self.wanted())) } else { self.pick() } {
                     Ok(choice) => return Ok(choice),
                     Err(none) => nobody = none,
                 }
@@ -113,7 +114,7 @@ impl Exchange {
                         return self.pick().map_err(|nobody| self.refusal(nobody));
                     }
                     Err(Full) => {
-                        let state = &self.pool.state;
+                        let state = &self.leg.pool.state;
                         return Err(Refusal::QueueFull(state.retry_after(state.waiters())));
                     }
                 },
@@ -129,7 +130,7 @@ impl Exchange {
                     Err(nobody) => nobody,
                 }
             } else {
-                self.pool.nobody(&self.wanted())
+                self.leg.pool.nobody(&self.wanted())
             };
         }
     }
@@ -142,15 +143,15 @@ impl Exchange {
             admitted: again.then_some(self.ledger.started),
             rescued,
             deadline,
-            length_max: self.pool.queue_length_max(model),
+            length_max: self.leg.pool.queue_length_max(model),
         };
-        self.pool.state.join(model, joining)
+        self.leg.pool.state.join(model, joining)
     }
 
     /// Read only here: most requests never wait.
     fn priority(&self) -> Priority {
         self.asked.priority.unwrap_or_else(|| {
-            let given = self.asked.headers.get(&self.pool.config.queue.priority_header);
+            let given = self.asked.headers.get(&self.leg.pool.config.queue.priority_header);
             given.map_or(Priority::Normal, |value| Priority::of_header(value.as_bytes()))
         })
     }
@@ -159,14 +160,23 @@ impl Exchange {
     fn may_wait(&mut self, nobody: Nobody) -> Option<Moment> {
         let now = clock::now();
         let (end, wait_max) = match nobody {
-            Nobody::Full => (&mut self.waits.slot, self.pool.config.queue.wait_max),
+            Nobody::Full => (&mut self.waits.slot, self.leg.pool.config.queue.wait_max),
             Nobody::Busy { .. } | Nobody::Down | Nobody::AllTried => {
-                (&mut self.waits.backend, self.policy.wait_max)
+                (&mut self.waits.backend, self.leg.policy.wait_max)
             }
         };
         let most = now + wait_max;
-        let end = *end.get_or_insert(self.asked.total.map_or(most, |total| total.min(most)));
+        let end = *end.get_or_insert(self.leg.total.map_or(most, |total| total.min(most)));
         if end <= now {
+            return None;
+        }
+        // Nobody will see the request here soon, and another pool may take it at once.
+        let unseen = match nobody {
+            Nobody::Down => true,
+            Nobody::AllTried => self.failed.is_some_and(|failed| !failed.sent),
+            Nobody::Full | Nobody::Busy { .. } => false,
+        };
+        if unseen && self.fallback_for(FallbackCause::Unavailable).is_some() {
             return None;
         }
         if let Nobody::Busy { until } = nobody {
@@ -183,12 +193,12 @@ impl Exchange {
     /// Everybody was tried: a pause before the next round, within the time for waiting.
     async fn back_off(&mut self, until: Moment) {
         self.rounds += 1;
-        let pause = self.worker.with_rng(|rng| backoff(&self.policy, self.rounds, rng));
+        let pause = self.worker.with_rng(|rng| backoff(&self.leg.policy, self.rounds, rng));
         tokio::time::sleep(pause.min(until.since(clock::now()))).await;
     }
 
     fn pick(&self) -> Result<Choice, Nobody> {
-        self.worker.with_rng(|rng| self.pool.pick(&self.wanted(), rng))
+        self.worker.with_rng(|rng| self.leg.pool.pick(&self.wanted(), rng))
     }
 
     pub(in crate::proxy) fn wanted(&self) -> Wanted<'_> {
@@ -196,7 +206,8 @@ impl Exchange {
             tried: &self.tried,
             class: self.asked.class,
             model: self.judged_model(),
-            affinity: self.asked.affinity,
+            affinity: self.leg.affinity,
+            only: self.turn.as_ref().and_then(Turn::place),
             prompt_bytes: self.asked.prompt_bytes,
             replayable: self.is_replayable(),
             paid: self.failed.is_some_and(|facts| facts.sent && !facts.is_stale_connection()),
@@ -204,23 +215,23 @@ impl Exchange {
     }
 
     fn judged_model(&self) -> Option<&str> {
-        self.pool.judged_model(self.asked.model.as_deref())
+        self.leg.pool.judged_model(self.leg.model.as_deref())
     }
 
     /// Streams last for minutes: each attempt sees the pool as it is then.
     fn follow_reload(&mut self) {
         let snapshot = self.worker.directory.look();
-        if let Some(pool) = snapshot.pools.iter().find(|pool| Arc::ptr_eq(&pool.state, &self.pool.state))
-            && !Arc::ptr_eq(pool, &self.pool)
+        if let Some(pool) = snapshot.pools.iter().find(|pool| Arc::ptr_eq(&pool.state, &self.leg.pool.state))
+            && !Arc::ptr_eq(pool, &self.leg.pool)
         {
-            self.pool = pool.clone();
+            self.leg.pool = pool.clone();
         }
     }
 
     fn refusal(&self, nobody: Nobody) -> Refusal {
         match nobody {
             Nobody::Full => {
-                let state = &self.pool.state;
+                let state = &self.leg.pool.state;
                 // Itself it waits no more.
                 Refusal::QueueTimeout(state.retry_after(state.waiters().saturating_sub(1)))
             }
