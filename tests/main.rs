@@ -22,5 +22,7 @@ mod relay;
 mod reload;
 mod retry;
 mod routing;
+#[path = "support/selftest.rs"]
+mod selftest;
 mod sim;
 mod support;

@@ -62,8 +62,10 @@ pub struct OutlierPolicy {
     pub memory: Duration,
     /// Most that slowness multiplies load by. Default 10, 1 or more: a tenth of the work is enough to see it recover.
     pub factor_max: f64,
-    /// How long slowness must last, with samples to its very end, before the backend is ejected. Default 30 s, more than
-    /// zero: longer than one long prefill, shorter than the health that takes an ejection's doubling back.
+    /// How long slowness must last, and go on for `samples_min` more samples, before the backend is ejected. Default 30 s,
+    /// more than zero: longer than one long prefill, shorter than the health that takes an ejection's doubling back.
+    /// Samples older than this do not count beside `samples_min` newer ones: what was true before the last few
+    /// requests says little.
     pub persistent: Duration,
 }
 
@@ -141,16 +143,6 @@ pub struct Speed {
     forgotten: Moment,
     /// The latest sample.
     latest: Moment,
-    /// Samples ever; wraps.
-    samples: u32,
-    slow: Option<Slow>,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Slow {
-    ratio: f64,
-    /// Since when it has been slow enough to be ejected, and the samples there were then.
-    enough: Option<(Moment, u32)>,
 }
 
 impl Speed {
@@ -164,7 +156,6 @@ impl Speed {
             Measure::TokenGap => self.token_gap.record(now, sample),
         }
         self.latest = self.latest.max(now);
-        self.samples = self.samples.wrapping_add(1);
     }
 
     /// Forgets everything, and what began before `now` for ever. To be called when the backend is ejected and when it
@@ -182,25 +173,26 @@ impl Speed {
     }
 
     /// Takes in how slow it is at this moment, by [`slowness`]. Returns the ratio when it has been too slow for too long
-    /// and is to be ejected; again each time it is called while that holds. Call it a few times a second.
-    pub fn judge(&mut self, policy: &OutlierPolicy, now: Moment, slowness: Option<f64>) -> Option<f64> {
-        let before = self.slow.and_then(|slow| slow.enough);
-        self.slow = slowness.map(|ratio| Slow {
-            ratio,
-            enough: (ratio >= policy.eject_ratio_min).then(|| before.unwrap_or((now, self.samples))),
-        });
-        let Slow { ratio, enough: Some((since, samples)) } = self.slow? else { return None };
-        let news = self.samples.wrapping_sub(samples);
-        (news >= policy.samples_min && self.latest >= since + policy.persistent).then_some(ratio)
+    /// by one of the measures and is to be ejected; again each time it is called while that holds. Call it a few times a
+    /// second.
+    pub fn judge(&mut self, policy: &OutlierPolicy, now: Moment, slowness: Slowness) -> Option<f64> {
+        let first_token = self.first_token.judge(policy, now, slowness.first_token);
+        let token_gap = self.token_gap.judge(policy, now, slowness.token_gap);
+        larger(first_token, token_gap)
     }
 
     /// What to multiply its load by: 1 for a backend that is not slow, `factor_max` at most. By what
     /// [`judge`](Self::judge) was told last; sinks towards 1 without new samples.
     pub fn load_factor(&self, policy: &OutlierPolicy, now: Moment) -> f64 {
-        let Some(slow) = self.slow else { return 1.0 };
+        let ratio = |window: &Window| window.slow.map(|slow| slow.ratio);
+        let Some(ratio) = larger(ratio(&self.first_token), ratio(&self.token_gap)) else { return 1.0 };
         let unheard = now.since(self.latest).as_secs_f64() / BELIEF_HALF_LIFE.as_secs_f64();
-        1.0 + (slow.ratio.min(policy.factor_max) - 1.0) * (-unheard).exp2()
+        1.0 + (ratio.min(policy.factor_max) - 1.0) * (-unheard).exp2()
     }
+}
+
+fn larger(a: Option<f64>, b: Option<f64>) -> Option<f64> {
+    [a, b].into_iter().flatten().max_by(f64::total_cmp)
 }
 
 /// The samples of one backend in short; of a measure without enough samples, nothing.
@@ -218,25 +210,47 @@ struct Summary {
     mad: f64,
     /// Median of measured - usual. Seconds.
     excess: f64,
+    /// The logarithm of the newest.
+    newest: f64,
     samples: f64,
 }
 
-/// How many times slower than its peers a backend is, if that is clear: of the two measures the worse. None without
-/// samples of its own, or without a peer that has some.
+/// How much slower than its peers a backend is by each measure, where that is clear.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Slowness {
+    first_token: Option<Found>,
+    token_gap: Option<Found>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Found {
+    /// So many times the median of its peers.
+    ratio: f64,
+    /// The same for its newest sample alone, which may be anything.
+    newest: f64,
+}
+
+impl Slowness {
+    /// So many times slower, by the worse of both measures; at least [`ratio_min`](OutlierPolicy::ratio_min).
+    pub fn ratio(&self) -> Option<f64> {
+        let ratio = |found: Option<Found>| found.map(|found| found.ratio);
+        larger(ratio(self.first_token), ratio(self.token_gap))
+    }
+}
+
+/// Compares a backend with its peers. Nothing is found without samples of its own, or without a peer that has some.
 pub fn slowness<'a>(
     policy: &OutlierPolicy,
     own: &Reading,
     peers: impl Iterator<Item = &'a Reading> + Clone,
-) -> Option<f64> {
-    let first_token = own.first_token.and_then(|own| {
-        let peers = peers.clone().filter_map(|peer| peer.first_token);
-        compare(policy, policy.first_token_floor, &own, peers)
-    });
-    let token_gap = own.token_gap.and_then(|own| {
-        let peers = peers.clone().filter_map(|peer| peer.token_gap);
-        compare(policy, policy.token_gap_floor, &own, peers)
-    });
-    [first_token, token_gap].into_iter().flatten().max_by(f64::total_cmp)
+) -> Slowness {
+    let by = |of: fn(&Reading) -> Option<Summary>, floor| {
+        compare(policy, floor, &of(own)?, peers.clone().filter_map(of))
+    };
+    Slowness {
+        first_token: by(|reading| reading.first_token, policy.first_token_floor),
+        token_gap: by(|reading| reading.token_gap, policy.token_gap_floor),
+    }
 }
 
 fn compare(
@@ -244,7 +258,7 @@ fn compare(
     floor: Duration,
     own: &Summary,
     peers: impl Iterator<Item = Summary>,
-) -> Option<f64> {
+) -> Option<Found> {
     let peers: SmallVec<[Summary; PEERS_INLINE]> = peers.collect();
     let of = |value: fn(&Summary) -> f64| peers.iter().map(value).collect::<Values>();
     let usual = median(&mut of(|peer| peer.median))?;
@@ -260,7 +274,8 @@ fn compare(
     let within = MAD_TO_DEVIATION * MEDIAN_TO_MEAN_ERROR * median(&mut of(|peer| peer.mad))?;
     let samples: f64 = peers.iter().map(|peer| peer.samples).sum();
     let error = within * (1.0 / own.samples + 1.0 / samples).sqrt();
-    (own.median - usual >= policy.deviations_min * between.hypot(error)).then_some(ratio)
+    let newest = (own.newest - usual).exp();
+    (own.median - usual >= policy.deviations_min * between.hypot(error)).then_some(Found { ratio, newest })
 }
 
 /// The last samples of one measure.
@@ -269,6 +284,19 @@ struct Window {
     ring: [Kept; SAMPLES_MAX],
     next: usize,
     len: usize,
+    /// Ever; wraps.
+    samples: u32,
+    slow: Option<Slow>,
+}
+
+/// What a window was told of itself last.
+#[derive(Clone, Copy, Debug)]
+struct Slow {
+    ratio: f64,
+    /// Since when it has been slow enough to be ejected.
+    enough_since: Option<Moment>,
+    /// The samples there were when that had lasted long enough.
+    lasting_from: Option<u32>,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -288,22 +316,47 @@ impl Window {
         self.ring[self.next] = Kept { at: now, score, excess: (measured - usual) as f32 };
         self.next = (self.next + 1) % SAMPLES_MAX;
         self.len = (self.len + 1).min(SAMPLES_MAX);
+        self.samples = self.samples.wrapping_add(1);
+    }
+
+    fn judge(&mut self, policy: &OutlierPolicy, now: Moment, found: Option<Found>) -> Option<f64> {
+        let before = self.slow.take();
+        let Found { ratio, newest } = found?;
+        let enough = ratio >= policy.eject_ratio_min;
+        let enough_since = enough.then(|| before.and_then(|slow| slow.enough_since).unwrap_or(now));
+        let lasts = enough_since.is_some_and(|since| now.since(since) >= policy.persistent);
+        let lasting_from = lasts.then(|| before.and_then(|slow| slow.lasting_from).unwrap_or(self.samples));
+        self.slow = Some(Slow { ratio, enough_since, lasting_from });
+        // Slow to the very last: who gets little traffic may have recovered long ago, and this is the first to show it.
+        let news = self.samples.wrapping_sub(lasting_from?) >= policy.samples_min;
+        (news && newest >= policy.ratio_min).then_some(ratio)
     }
 
     fn summary(&self, policy: &OutlierPolicy, now: Moment) -> Option<Summary> {
-        let young = || self.ring[..self.len].iter().filter(|kept| now.since(kept.at) <= policy.memory);
-        let samples = young().count();
-        if samples < policy.samples_min as usize {
+        // Newest first.
+        let kept = (1..=self.len).map(|back| &self.ring[(self.next + SAMPLES_MAX - back) % SAMPLES_MAX]);
+        let least = policy.samples_min as usize;
+        let kept: SmallVec<[&Kept; SAMPLES_MAX]> = kept
+            .enumerate()
+            .take_while(|(n, kept)| {
+                now.since(kept.at)
+                    <= if *n < least { policy.memory } else { policy.persistent.min(policy.memory) }
+            })
+            .map(|(_, kept)| kept)
+            .collect();
+        if kept.len() < least {
             return None;
         }
-        let mut scores: Values = young().map(|kept| f64::from(kept.score)).collect();
+        let newest = f64::from(kept.first()?.score);
+        let mut scores: Values = kept.iter().map(|kept| f64::from(kept.score)).collect();
         let middle = median(&mut scores)?;
         let mut distances: Values = scores.iter().map(|score| (score - middle).abs()).collect();
         Some(Summary {
             median: middle,
             mad: median(&mut distances)?,
-            excess: median(&mut young().map(|kept| f64::from(kept.excess)).collect())?,
-            samples: samples as f64,
+            excess: median(&mut kept.iter().map(|kept| f64::from(kept.excess)).collect())?,
+            newest,
+            samples: kept.len() as f64,
         })
     }
 }
@@ -320,7 +373,9 @@ fn median(values: &mut Values) -> Option<f64> {
 
 #[cfg(test)]
 mod tests {
-    use super::{BELIEF_HALF_LIFE, Measure, OutlierPolicy, Reading, SAMPLES_MAX, Sample, Speed, slowness};
+    use super::{
+        BELIEF_HALF_LIFE, Measure, OutlierPolicy, Reading, SAMPLES_MAX, Sample, Slowness, Speed, slowness,
+    };
     use crate::policy::Moment;
     use proptest::prelude::{any, prop, prop_assert, prop_assert_eq, proptest};
     use std::time::Duration;
@@ -359,14 +414,18 @@ mod tests {
             self.speeds.iter().map(|speed| speed.reading(&self.policy, self.now)).collect()
         }
 
-        fn slowness(&self, i: usize) -> Option<f64> {
+        fn found(&self, i: usize) -> Slowness {
             let readings = self.readings();
             let peers = readings.iter().enumerate().filter(|(j, _)| *j != i).map(|(_, reading)| reading);
             slowness(&self.policy, &readings[i], peers)
         }
 
+        fn slowness(&self, i: usize) -> Option<f64> {
+            self.found(i).ratio()
+        }
+
         fn judge(&mut self, i: usize) -> Option<f64> {
-            let slowness = self.slowness(i);
+            let slowness = self.found(i);
             self.speeds[i].judge(&self.policy, self.now, slowness)
         }
 
@@ -427,6 +486,42 @@ mod tests {
         assert!(near(even.slowness(0), 8.0 / 1.1), "of two peers the mean of both: {:?}", even.all());
         even.policy.deviations_min = 20.0;
         assert_eq!(even.slowness(0), None, "peers a tenth apart, and twenty times that is asked for");
+    }
+
+    #[test]
+    fn peers_that_are_off_what_is_usual_themselves_change_nothing() {
+        let peer: [f64; 9] = [0.4, 0.5, 0.6, 0.8, 1.0, 1.2, 1.5, 2.0, 2.5];
+        for pace in [0.125, 1.0, 8.0] {
+            let all = |times: f64| [times * pace; 9];
+            assert!(near(Fleet::measuring(&[&all(10.0), &all(1.0), &all(1.0)]).slowness(0), 10.0), "{pace}");
+            assert_eq!(Fleet::measuring(&[&all(2.0), &all(1.0)]).slowness(0), None, "{pace}");
+            let peer = peer.map(|secs| secs * pace);
+            assert_eq!(Fleet::measuring(&[&all(6.0)[..3], &peer]).slowness(0), None, "{pace}");
+            assert!(Fleet::measuring(&[&all(6.0), &peer]).slowness(0).is_some(), "{pace}");
+        }
+        let mut fleet = Fleet::measuring(&[&[40.0; 8], &[2.0; 9]]);
+        for (secs, newest) in [(4.0, 2.0), (2.0, 1.0), (20.0, 10.0)] {
+            fleet.record(0, secs);
+            let found = fleet.found(0).first_token.expect("most are slow");
+            assert!(near(Some(found.newest), newest), "{found:?}");
+        }
+    }
+
+    #[test]
+    fn the_floor_is_what_separates_it_from_its_peers() {
+        let excess = |peer: f64, own: f64| {
+            let mut fleet = Fleet::of(2);
+            fleet.policy.first_token_floor = Duration::from_millis(125);
+            for _ in 0..SAMPLES_MAX {
+                fleet.record_as(0, Measure::FirstToken, own, 0.031_25);
+                fleet.record_as(1, Measure::FirstToken, peer, 0.031_25);
+            }
+            fleet.slowness(0).is_some()
+        };
+        assert!(excess(0.031_25, 0.156_25), "just as much later as it takes");
+        assert!(!excess(0.031_25, 0.156_24));
+        assert!(!excess(0.046_875, 0.171_86), "its peers are later than usual too");
+        assert!(excess(0.046_875, 0.171_875));
     }
 
     #[test]
@@ -563,11 +658,11 @@ mod tests {
 
     #[test]
     fn lasting_slowness_ejects_after_thirty_seconds_and_three_more_samples() {
-        assert_eq!(ejected_after(10.0, 1.0, 100.0), Some(30.0));
-        assert_eq!(ejected_after(10.0, 20.0, 100.0), Some(60.0));
-        assert_eq!(ejected_after(10.0, 60.0, 300.0), Some(180.0));
+        assert_eq!(ejected_after(10.0, 1.0, 100.0), Some(33.0));
+        assert_eq!(ejected_after(10.0, 20.0, 200.0), Some(100.0));
+        assert_eq!(ejected_after(10.0, 60.0, 300.0), Some(240.0));
         assert_eq!(ejected_after(4.9, 1.0, 300.0), None, "slow, but of use");
-        assert_eq!(ejected_after(5.1, 1.0, 300.0), Some(30.0));
+        assert_eq!(ejected_after(5.1, 1.0, 300.0), Some(33.0));
     }
 
     #[test]
@@ -579,10 +674,90 @@ mod tests {
             fleet.pass(9.0);
             assert_eq!(fleet.judge(0), None);
         }
+        (0..2).for_each(|_| fleet.record(0, 10.0));
+        assert_eq!(fleet.judge(0), None);
         fleet.record(0, 10.0);
-        fleet.record(1, 1.0);
-        assert!(near(fleet.judge(0), 10.0), "still slow, ten minutes later");
+        assert!(near(fleet.judge(0), 10.0), "still slow, nine minutes later");
         assert!(near(fleet.judge(0), 10.0), "and as long as it is not ejected");
+    }
+
+    #[test]
+    fn who_was_slow_long_ago_and_is_fast_now_is_not_ejected() {
+        let mut fleet = Fleet::measuring(&[&[10.0; 9], &[1.0; 9]]);
+        for _ in 0..3 {
+            assert_eq!(fleet.judge(0), None);
+            fleet.pass(60.0);
+            fleet.record(0, 1.0);
+            fleet.record(1, 1.0);
+        }
+        assert_eq!(fleet.judge(0), None);
+        assert!((fleet.factor(0) - 1.0).abs() < 1e-9, "three new samples are worth more than six old ones");
+    }
+
+    #[test]
+    fn the_first_fast_sample_after_a_slow_time_does_not_eject() {
+        let mut fleet = Fleet::measuring(&[&[10.0; 9], &[1.0; 9]]);
+        fleet.judge(0);
+        fleet.pass(30.0);
+        fleet.judge(0);
+        (0..2).for_each(|_| fleet.record(0, 10.0));
+        fleet.pass(60.0);
+        fleet.record(0, 1.0);
+        assert!(fleet.slowness(0).is_some());
+        assert_eq!(fleet.judge(0), None);
+        fleet.record(0, 10.0);
+        assert!(fleet.judge(0).is_some());
+    }
+
+    #[test]
+    fn old_samples_count_while_there_are_too_few_new_ones() {
+        let mut fleet = Fleet::measuring(&[&[10.0; 9], &[1.0; 9]]);
+        fleet.pass(29.0);
+        (0..3).for_each(|_| fleet.record(0, 1.0));
+        assert!(fleet.slowness(0).is_some(), "six of nine within half a minute");
+        fleet.pass(1.1);
+        assert_eq!(fleet.slowness(0), None, "only the new ones");
+        fleet.pass(60.0);
+        [10.0, 1.0, 1.0].into_iter().for_each(|secs| fleet.record(0, secs));
+        assert_eq!(fleet.slowness(0), None, "and no more than is needed");
+        let mut fleet = Fleet::measuring(&[&[10.0; 9], &[1.0; 9]]);
+        fleet.pass(31.0);
+        [10.0, 1.0, 1.0].into_iter().for_each(|secs| fleet.record(0, secs));
+        assert_eq!(fleet.slowness(0), None, "not one old one beside three new ones");
+    }
+
+    #[test]
+    fn news_of_the_other_measure_do_not_eject() {
+        let mut fleet = Fleet::measuring(&[&[10.0; 9], &[1.0; 9]]);
+        for _ in 0..100 {
+            fleet.pass(1.0);
+            fleet.record_as(0, Measure::TokenGap, 1.0, 1.0);
+            fleet.record_as(1, Measure::TokenGap, 1.0, 1.0);
+            assert_eq!(fleet.judge(0), None);
+        }
+        for n in 0..30 {
+            fleet.pass(1.0);
+            fleet.record_as(0, Measure::TokenGap, 20.0, 1.0);
+            fleet.record_as(1, Measure::TokenGap, 1.0, 1.0);
+            assert_eq!(fleet.judge(0), None, "{n} s slow by another measure");
+        }
+    }
+
+    #[test]
+    fn whichever_measure_is_worse_each_keeps_its_time() {
+        let mut fleet = Fleet::measuring(&[&[10.0; 9], &[1.0; 9]]);
+        for second in 0.. {
+            fleet.pass(1.0);
+            fleet.record(0, if second % 2 == 0 { 8.0 } else { 12.0 });
+            fleet.record(1, 1.0);
+            fleet.record_as(0, Measure::TokenGap, 10.0, 1.0);
+            fleet.record_as(1, Measure::TokenGap, 1.0, 1.0);
+            if fleet.judge(0).is_some() {
+                assert!((33..36).contains(&second), "{second}");
+                break;
+            }
+            assert!(second < 36, "never");
+        }
     }
 
     #[test]
@@ -598,7 +773,8 @@ mod tests {
         (0..5).for_each(|_| fleet.record(0, 10.0));
         assert_eq!(fleet.judge(0), None);
         fleet.pass(0.1);
-        fleet.record(0, 10.0);
+        assert_eq!(fleet.judge(0), None);
+        (0..3).for_each(|_| fleet.record(0, 10.0));
         assert!(fleet.judge(0).is_some());
     }
 

@@ -205,9 +205,9 @@ impl Record {
         self.health.lock().begin_trial(now)
     }
 
-    /// The trial taught nothing.
-    pub fn abandon_trial(&self) {
-        self.health.lock().abandon_trial();
+    /// The trial that was won at `began` is over.
+    pub fn abandon_trial(&self, began: Moment) {
+        self.health.lock().abandon_trial(began);
     }
 
     /// At least 1; grows with recent failures, so that failing fast is not mistaken for being idle.

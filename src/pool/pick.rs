@@ -95,12 +95,13 @@ pub struct Choice {
 pub struct Trial {
     judge: Arc<Record>,
     state: Arc<PoolState>,
+    began: Moment,
 }
 
 impl Drop for Trial {
     fn drop(&mut self) {
         // Harmless once an outcome was observed.
-        self.judge.abandon_trial();
+        self.judge.abandon_trial(self.began);
         self.state.open_trials();
     }
 }
@@ -171,7 +172,7 @@ impl Pool {
                 && !self.yields_to_doubt(i, wanted, now);
             let judge = if waits(whole) { whole } else { model };
             if open && judge.begin_trial(now) {
-                let trial = Trial { judge: judge.clone(), state: self.state.clone() };
+                let trial = Trial { judge: judge.clone(), state: self.state.clone(), began: now };
                 return Some(Choice { trial: Some(trial), ..self.choose(i, wanted, now) });
             }
         }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 
 use crate::policy::Moment;
-use crate::policy::outlier::{Measure, OutlierPolicy, Reading, Sample, Speed};
+use crate::policy::outlier::{Measure, OutlierPolicy, Reading, Sample, Slowness, Speed};
 use crate::policy::progress::Kind;
 
 /// A sign of life is written down again only after so long: tokens of many streams share the memory.
@@ -86,12 +86,7 @@ impl Signs {
     }
 
     /// Takes in how slow it is beside its peers; the ratio when it is to be ejected for it.
-    pub(super) fn judge_speed(
-        &self,
-        policy: &OutlierPolicy,
-        now: Moment,
-        slowness: Option<f64>,
-    ) -> Option<f64> {
+    pub(super) fn judge_speed(&self, policy: &OutlierPolicy, now: Moment, slowness: Slowness) -> Option<f64> {
         let mut served = self.served.lock();
         let eject = served.speed.judge(policy, now, slowness);
         let factor = served.speed.load_factor(policy, now);

@@ -126,7 +126,7 @@ async fn f06_a_close_on_a_fresh_connection_is_a_fault_and_a_peer_answers() {
 #[tokio::test]
 async fn f06_a_request_that_may_have_been_executed_is_not_sent_again() {
     for http in Http::BOTH {
-        let sick = Backend::start(Script::new().answer(vec![Step::Rst])).await;
+        let sick = Backend::start(Script::new().nameless().answer(vec![Step::Rst])).await;
         let alive = Backend::healthy().await;
         let proxy = Proxy::start(&in_order(&[&sick.url(), &alive.url()]));
         let body = json!({"model": "test-model", "input": "x", "store": true});
@@ -162,7 +162,8 @@ async fn f07_what_is_no_http_is_a_fault_and_a_peer_answers() {
     ];
     for http in Http::BOTH {
         for (name, head) in &heads {
-            let sick = Backend::start(Script::new().answer(vec![Step::send(head.clone()), Step::Fin])).await;
+            let answers = vec![Step::send(head.clone()), Step::Fin];
+            let sick = Backend::start(Script::new().nameless().answer(answers)).await;
             let alive = Backend::healthy().await;
             let proxy = Proxy::start(&in_order(&[&sick.url(), &alive.url()]));
             for stream in [true, false] {

@@ -281,7 +281,8 @@ async fn f20_a_slow_drip_loses_share_and_is_ejected_when_it_lasts() {
     let before = (slow.requests().len(), sound.requests().len());
     while state(&proxy, slow.addr()) == "healthy" {
         assert!(began.elapsed() < PATIENCE, "never ejected");
-        for answer in chats(proxy.addr, 8).await {
+        // So many that the slow one still gets some: it is ejected for what it does, not for what it did.
+        for answer in chats(proxy.addr, 20).await {
             assert!(answer.text().ends_with("data: [DONE]\n\n") && !answer.text().contains("error"));
         }
     }

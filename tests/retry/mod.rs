@@ -247,8 +247,8 @@ async fn replay_follows_the_route_where_one_says_so() {
         for (replay, answered) in
             [("always", [true, true]), ("safe", [false, false]), ("never", [false, false])]
         {
-            let (sick, alive) =
-                (Backend::start(Script::new().answer(vec![Step::Rst])).await, Backend::healthy().await);
+            let sick = Backend::start(Script::new().nameless().answer(vec![Step::Rst])).await;
+            let alive = Backend::healthy().await;
             let proxy = Proxy::start(
                 &in_order(&[&sick.url(), &alive.url()])
                     .named_pool_kept("p")

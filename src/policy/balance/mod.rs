@@ -190,7 +190,7 @@ impl<'a, C: Candidates> Front<'a, C> {
 #[cfg(test)]
 mod tests {
     use super::testing::{Backend, Fleet};
-    use super::{AffinityKey, BalancePolicy, Request, pick};
+    use super::{AffinityKey, BalancePolicy, Candidates, Request, pick};
     use proptest::prelude::{any, prop, prop_assert, prop_assert_eq, proptest};
     use std::sync::atomic::AtomicUsize;
 
@@ -204,6 +204,36 @@ mod tests {
             BalancePolicy::Weighted,
             BalancePolicy::ConsistentHash { key: AffinityKey::default(), bound: BalancePolicy::BOUND },
         ]
+    }
+
+    #[test]
+    fn policies_have_names_of_their_own_and_one_wants_a_key() {
+        assert_eq!(
+            policies().map(|policy| policy.name()),
+            ["p2c", "round_robin", "least_load", "weighted", "consistent_hash"]
+        );
+        let keyed = policies().map(|policy| policy.affinity_key().is_some());
+        assert_eq!(keyed, [false, false, false, false, true]);
+    }
+
+    #[test]
+    fn only_tier_zero_is_seen_while_it_can_take_work_and_an_empty_pool_picks_nobody() {
+        assert!(Fleet::of(0).is_empty() && !Fleet::of(1).is_empty());
+        assert!(!Fleet::of(2).tiers_uniform());
+        for policy in policies() {
+            let picked = |fleet: &Fleet| {
+                let mut rng = fastrand::Rng::with_seed(3);
+                let request = Request { affinity: Some(5) };
+                pick(&policy, fleet, &request, &AtomicUsize::new(0), &mut rng)
+            };
+            assert_eq!(picked(&Fleet::of(0)), None);
+            let mut fleet = Fleet::of(5);
+            (1..5).for_each(|i| fleet.0[i].tier = 1);
+            fleet.0[0].load = 100.0;
+            assert_eq!(picked(&fleet), Some(0), "{}: whatever its load", policy.name());
+            fleet.0[0].admissible = false;
+            assert!(picked(&fleet).is_some_and(|i| i > 0));
+        }
     }
 
     #[test]

@@ -58,7 +58,7 @@ pub(super) fn believed(policy: &HealthPolicy, now: Moment, until: Moment) -> Mom
 
 #[cfg(test)]
 mod tests {
-    use super::{Doubling, HealthPolicy, busy_pause};
+    use super::{Doubling, HealthPolicy, busy_pause, shortened};
     use proptest::prelude::{any, prop, prop_assert, proptest};
     use std::time::Duration;
 
@@ -76,6 +76,16 @@ mod tests {
         assert_eq!(next(60), 32);
         assert_eq!(next(180), 8);
         assert_eq!(next(100_000), 1);
+    }
+
+    #[test]
+    fn chance_takes_off_up_to_its_share_evenly() {
+        let whole = Duration::from_secs(1);
+        let mut rng = fastrand::Rng::with_seed(4);
+        let parts: Vec<f64> = (0..2000).map(|_| shortened(whole, 0.4, &mut rng).as_secs_f64()).collect();
+        assert!(parts.iter().all(|part| (0.6..=1.0).contains(part)));
+        let mean = parts.iter().sum::<f64>() / 2000.0;
+        assert!((mean - 0.8).abs() < 0.01, "{mean}");
     }
 
     proptest! {

@@ -317,7 +317,7 @@ impl Health {
                 self.failed(policy, now, peers, rng)
             }
             Observation::Busy { until } => {
-                self.abandon_trial();
+                self.free_trial();
                 self.is_busy(policy, now, until, rng)
             }
             Observation::Misconfigured => self.remove(policy, now, EjectReason::Misconfigured, peers, rng),
@@ -330,7 +330,7 @@ impl Health {
                 self.observe(policy, now, Observation::Fault, peers, rng)
             }
             Observation::Neutral => {
-                self.abandon_trial();
+                self.free_trial();
                 None
             }
         }
@@ -391,7 +391,7 @@ impl Health {
             Phase::AwaitsProbe => self.await_probe(),
             Phase::Probation { trial } => {
                 if trial.is_some_and(|began| now.since(began) >= TRIAL_LOST) {
-                    self.abandon_trial();
+                    self.free_trial();
                 }
                 None
             }
@@ -465,10 +465,11 @@ impl Health {
         begins
     }
 
-    /// The trial taught nothing: its outcome was neutral, or it was cancelled. Harmless when there is none.
-    pub fn abandon_trial(&mut self) {
-        if let Phase::Probation { trial } = &mut self.phase {
-            *trial = None;
+    /// The trial that was won at `began` is over, and if it taught nothing another may be. Harmless once its outcome was
+    /// observed, also when another is under way by then: what was the trial may go on as a long stream.
+    pub fn abandon_trial(&mut self, began: Moment) {
+        if self.phase == (Phase::Probation { trial: Some(began) }) {
+            self.free_trial();
         }
     }
 
@@ -484,6 +485,10 @@ impl Health {
 
     /// What may be sent to it now.
     pub fn standing(&self, policy: &HealthPolicy, now: Moment) -> Standing {
+        // First of all: a suspect may be asked in panic, who asked to be left alone may not.
+        if self.busy.until() > now {
+            return Standing::Busy { until: self.busy.until() };
+        }
         if let Phase::Ejected { until } = self.phase {
             return Standing::Out { until: Some(until) };
         }
@@ -492,9 +497,6 @@ impl Health {
         }
         if self.refuses() {
             return Standing::Refusing;
-        }
-        if self.busy.until() > now {
-            return Standing::Busy { until: self.busy.until() };
         }
         if matches!(self.phase, Phase::Probation { .. }) {
             return Standing::Probation;
@@ -569,6 +571,12 @@ impl Health {
             (Phase::Ejected { .. } | Phase::AwaitsProbe | Phase::Probation { .. }, _) => {
                 settled(self.out_since)
             }
+        }
+    }
+
+    fn free_trial(&mut self) {
+        if let Phase::Probation { trial } = &mut self.phase {
+            *trial = None;
         }
     }
 

@@ -564,12 +564,28 @@ fn one_trial_at_a_time_and_another_after_it_was_abandoned() {
     let won = |bench: &mut Bench| (0..10).filter(|_| bench.health.begin_trial(bench.now)).count();
     assert_eq!(won(&mut bench), 1);
     assert!(bench.health.on_trial());
-    bench.health.abandon_trial();
+    bench.health.abandon_trial(bench.now);
     assert_eq!(won(&mut bench), 1);
     bench.observe(Observation::Neutral);
     assert_eq!(won(&mut bench), 1);
     assert!(matches!(bench.observe(Observation::Fault), Some(Transition::TrialFailed { times: 2, .. })));
     assert_eq!(won(&mut bench), 0);
+}
+
+#[test]
+fn the_end_of_an_old_trial_does_not_let_another_in_beside_the_new_one() {
+    let mut bench = Bench::on_probation();
+    assert!(bench.health.begin_trial(bench.now));
+    let old = bench.now;
+    bench.observe(Observation::FirstToken);
+    bench.observe_times(Observation::Fault, 3);
+    bench.probe(ProbeVerdict::Pass);
+    bench.pass(60.0);
+    assert!(bench.health.begin_trial(bench.now));
+    bench.health.abandon_trial(old);
+    assert!(!bench.health.begin_trial(bench.now), "the new one is under way");
+    bench.health.abandon_trial(bench.now);
+    assert!(bench.health.begin_trial(bench.now));
 }
 
 #[test]
@@ -612,6 +628,21 @@ fn failed_trials_double_up_to_a_minute() {
     assert_eq!(lengths, [2, 4, 8, 16, 32, 60, 60, 60]);
 }
 
+#[test]
+fn one_silence_is_an_accident_unless_it_is_the_trial() {
+    let mut bench = Bench::healthy();
+    bench.policy.eject_consecutive = 1;
+    assert_eq!(bench.observe(Observation::Silent), None);
+    bench.observe(Observation::FirstToken);
+    assert_eq!(bench.observe(Observation::Silent), None, "the first again");
+    let second = bench.observe(Observation::Silent);
+    assert!(matches!(second, Some(Transition::Ejected { .. })), "{second:?}");
+    let mut bench = Bench::on_probation();
+    assert!(bench.health.begin_trial(bench.now));
+    let failed = bench.observe(Observation::Silent);
+    assert!(matches!(failed, Some(Transition::TrialFailed { .. })), "{failed:?}");
+}
+
 // Busy
 
 #[test]
@@ -631,6 +662,25 @@ fn retry_after_is_a_floor_whatever_else_happens() {
     assert!(!Panic::Graded.admits(bench.standing(), Administrative::Enabled, 0));
     bench.pass(0.1);
     assert!(bench.eligible());
+}
+
+#[test]
+fn who_asked_to_be_left_alone_is_not_asked_in_panic_either() {
+    let until = |bench: &Bench| Some(bench.now + Duration::from_secs(30));
+    let mut unhealthy = Bench::healthy();
+    unhealthy.peers = ALONE;
+    unhealthy.probe_times(ProbeVerdict::Fail, 3);
+    let mut refusing = Bench::healthy();
+    refusing.probe(ProbeVerdict::Refusing);
+    for mut bench in [unhealthy, refusing, Bench::ejected()] {
+        let admits = |bench: &Bench| Panic::Graded.admits(bench.standing(), Administrative::Enabled, 0);
+        assert!(admits(&bench));
+        bench.observe(Observation::Busy { until: until(&bench) });
+        assert!(!admits(&bench), "{:?}", bench.standing());
+        assert!(matches!(bench.standing(), Standing::Busy { .. }));
+        bench.pass(30.0);
+        assert!(bench.out() || bench.standing() == Standing::Refusing);
+    }
 }
 
 #[test]
@@ -664,6 +714,235 @@ fn an_absurd_retry_after_is_not_believed() {
     bench.observe(Observation::Busy { until: Some(Moment::NEVER) });
     bench.pass(600.0);
     assert!(bench.eligible());
+}
+
+// What callers read
+
+#[test]
+fn states_have_names_of_their_own() {
+    let operational = [
+        Operational::Unknown,
+        Operational::Healthy,
+        Operational::SlowStart,
+        Operational::Unhealthy,
+        Operational::Refusing,
+        Operational::Ejected { until: Moment::ZERO },
+        Operational::AwaitsProbe,
+        Operational::Probation,
+    ];
+    let administrative = [Administrative::Enabled, Administrative::Draining, Administrative::Disabled];
+    let mut names: Vec<&str> = operational.map(Operational::name).into_iter().collect();
+    names.extend(administrative.map(Administrative::name));
+    names.sort_unstable();
+    names.dedup();
+    assert_eq!(names.len(), 11, "{names:?}");
+    assert!(
+        names.iter().all(|name| name.chars().all(|c| c == '_' || c.is_ascii_lowercase()) && name.len() > 3)
+    );
+}
+
+#[test]
+fn unknown_is_what_no_probe_has_spoken_of() {
+    let mut bench = Bench::arriving(Arrival::Founder);
+    assert!(!bench.health.ever_passed());
+    assert_eq!(bench.health.operational(), Operational::Unknown);
+    bench.policy.probes = false;
+    bench.tick();
+    assert_eq!(bench.health.operational(), Operational::Healthy, "there are no probes to wait for");
+}
+
+#[test]
+fn it_counts_as_ejected_until_it_serves_again() {
+    assert!(!Bench::healthy().health.is_ejected());
+    let mut bench = Bench::ejected();
+    assert!(bench.health.is_ejected());
+    bench.pass(1.0);
+    assert_eq!(bench.health.operational(), Operational::AwaitsProbe);
+    assert!(bench.health.is_ejected());
+    bench.probe(ProbeVerdict::Pass);
+    assert!(bench.health.is_ejected(), "on probation");
+    assert!(bench.health.begin_trial(bench.now));
+    bench.observe(Observation::FirstToken);
+    assert!(!bench.health.is_ejected());
+}
+
+#[test]
+fn the_next_change_is_when_time_alone_changes_something() {
+    let next = |bench: &Bench| bench.health.next_change(&bench.policy);
+    let mut bench = Bench::healthy();
+    assert_eq!(next(&bench), None);
+    let until = bench.now + Duration::from_secs(7);
+    bench.observe(Observation::Busy { until: Some(until) });
+    assert_eq!(next(&bench), Some(until));
+    bench.observe_times(Observation::Fault, 3);
+    let Operational::Ejected { until: ejected_until } = bench.health.operational() else {
+        panic!("not ejected")
+    };
+    assert_eq!(next(&bench), Some(ejected_until), "which is before that");
+    bench.pass(7.0);
+    assert_eq!(next(&bench), None, "only a probe helps");
+    bench.probe(ProbeVerdict::Pass);
+    assert_eq!(next(&bench), None, "only a trial helps");
+    assert!(bench.health.begin_trial(bench.now));
+    assert_eq!(next(&bench), Some(bench.now + Duration::from_secs(600)), "then the trial is lost");
+    bench.observe(Observation::FirstToken);
+    assert_eq!(next(&bench), Some(bench.now + bench.policy.slow_start));
+    bench.pass(10.0);
+    assert_eq!(next(&bench), None);
+    let mut newcomer = Bench::arriving(Arrival::Newcomer);
+    newcomer.tick();
+    assert_eq!(next(&newcomer), None, "its slow start begins with its first pass");
+}
+
+#[test]
+fn time_that_is_not_up_ends_no_ejection() {
+    let mut bench = Bench::ejected();
+    bench.probe(ProbeVerdict::Pass);
+    let Standing::Out { until: Some(until) } = bench.standing() else { panic!("not ejected") };
+    assert!(until > bench.now && until <= bench.now + bench.policy.ejection_min);
+    assert_eq!(bench.tick(), None);
+    assert_eq!(bench.standing(), Standing::Out { until: Some(until) });
+    bench.now = until;
+    assert_eq!(bench.tick(), Some(Transition::Probation));
+}
+
+#[test]
+fn a_refusal_that_ends_during_an_ejection_starts_no_ramp() {
+    let mut bench = Bench::ejected();
+    assert_eq!(bench.probe(ProbeVerdict::Refusing), Some(Transition::Refusing));
+    assert_eq!(bench.probe(ProbeVerdict::Pass), None);
+    assert!(bench.out());
+}
+
+#[test]
+fn a_prober_settles_on_a_refusal_after_a_minute() {
+    let mut bench = Bench::healthy();
+    bench.probe(ProbeVerdict::Refusing);
+    assert!(!bench.health.steady(bench.now));
+    bench.pass(60.0);
+    assert!(bench.health.steady(bench.now));
+}
+
+#[test]
+fn without_a_slow_start_the_share_is_full_at_once() {
+    let mut bench = Bench::on_probation();
+    bench.policy.slow_start = Duration::ZERO;
+    assert!(bench.health.begin_trial(bench.now));
+    bench.observe(Observation::FirstToken);
+    assert_eq!(bench.standing(), Standing::Eligible { share: 1.0 });
+}
+
+#[test]
+fn only_a_newcomer_that_is_proven_by_traffic_starts_slowly() {
+    for (arrival, share) in [(Arrival::Founder, 1.0), (Arrival::Newcomer, 0.1)] {
+        let mut bench = Bench::arriving(arrival);
+        assert_eq!(bench.observe(Observation::FirstToken), Some(Transition::ProvenByTraffic));
+        assert_eq!(bench.standing(), Standing::Eligible { share });
+    }
+}
+
+#[test]
+fn where_nobody_probes_traffic_has_nothing_to_outvote() {
+    let mut bench = Bench::arriving(Arrival::Founder);
+    bench.policy.probes = false;
+    assert_eq!(bench.observe(Observation::Success), None);
+    let mut bench = Bench::healthy();
+    bench.probe_times(ProbeVerdict::Fail, 3);
+    bench.policy.probes = false;
+    assert_eq!(bench.observe(Observation::FirstToken), None);
+}
+
+#[test]
+fn one_fresh_success_or_two_of_any_kind_bring_an_unhealthy_backend_back() {
+    let unhealthy = || {
+        let mut bench = Bench::healthy();
+        bench.probe_times(ProbeVerdict::Fail, 3);
+        bench
+    };
+    assert_eq!(unhealthy().observe(Observation::FirstToken), Some(Transition::ProbesOutvoted { fails: 3 }));
+    let mut bench = unhealthy();
+    assert_eq!(bench.observe(Observation::Success), None);
+    assert_eq!(bench.observe(Observation::Success), Some(Transition::ProbesOutvoted { fails: 3 }));
+}
+
+#[test]
+fn faults_of_an_unhealthy_backend_eject_it_no_more() {
+    let mut bench = Bench::healthy();
+    bench.probe_times(ProbeVerdict::Fail, 3);
+    assert_eq!(bench.observe_times(Observation::Fault, 5), None);
+    assert_eq!(bench.standing(), Standing::Out { until: None });
+}
+
+#[test]
+fn who_is_the_whole_margin_below_its_peers_is_ejected() {
+    let mut bench = Bench::healthy();
+    (bench.policy.peer_margin, bench.policy.outcomes_min) = (0.25, 4);
+    bench.peers.median_success = Some(0.75);
+    let history = [Observation::Success, Observation::Fault, Observation::Success];
+    assert!(history.into_iter().all(|observation| bench.observe(observation).is_none()));
+    let ejected = bench.observe(Observation::Fault);
+    let reason = EjectReason::SuccessRate { rate: 0.5, peers: 0.75 };
+    assert!(
+        matches!(ejected, Some(Transition::Ejected { reason: found, .. }) if found == reason),
+        "{ejected:?}"
+    );
+}
+
+#[test]
+fn a_kept_backend_is_told_of_again_after_a_minute() {
+    let mut bench = Bench::healthy();
+    bench.peers = ALONE;
+    assert!(bench.observe_times(Observation::Fault, 3).is_some());
+    bench.pass(59.9);
+    assert_eq!(bench.observe(Observation::Fault), None);
+    bench.pass(0.1);
+    assert!(matches!(bench.observe(Observation::Fault), Some(Transition::Kept { .. })));
+}
+
+#[test]
+fn a_pause_ends_at_its_moment_and_another_may_follow() {
+    let mut bench = Bench::healthy();
+    assert_eq!(bench.observe(Observation::Busy { until: Some(bench.now) }), None, "a pause of nothing");
+    let first = bench.observe(Observation::Busy { until: None });
+    let Some(Transition::Busy { until, stated: false }) = first else { panic!("{first:?}") };
+    assert_eq!(bench.observe(Observation::Busy { until: None }), None, "told once");
+    bench.now = until;
+    assert!(bench.eligible());
+    let second = bench.observe(Observation::Busy { until: None });
+    assert!(matches!(second, Some(Transition::Busy { .. })), "{second:?}");
+}
+
+#[test]
+fn a_minute_of_health_takes_a_doubling_back() {
+    let again_after = |healthy: f64| {
+        let mut bench = Bench::on_probation();
+        bench.policy.ejection_jitter = 0.0;
+        assert!(bench.health.begin_trial(bench.now));
+        bench.observe(Observation::FirstToken);
+        bench.pass(healthy);
+        let ejected = bench.observe_times(Observation::Fault, 3);
+        let Some(Transition::Ejected { until, lasts, times, .. }) = ejected else { panic!("{ejected:?}") };
+        assert_eq!(until, bench.now + lasts);
+        (lasts.as_secs(), times)
+    };
+    assert_eq!(again_after(59.0), (2, 2));
+    assert_eq!(again_after(60.0), (1, 1));
+}
+
+#[test]
+fn misconfiguration_neither_doubles_nor_forgets_how_often_it_was_out() {
+    let times = |bench: &mut Bench| match bench.observe(Observation::Misconfigured) {
+        Some(Transition::Ejected { times, reason: EjectReason::Misconfigured, .. }) => times,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(times(&mut Bench::healthy()), 1);
+    let mut bench = Bench::on_probation();
+    assert!(bench.health.begin_trial(bench.now));
+    bench.observe(Observation::Fault);
+    bench.probe(ProbeVerdict::Pass);
+    bench.pass(60.0);
+    assert!(bench.health.begin_trial(bench.now));
+    assert_eq!(times(&mut bench), 2);
 }
 
 // Whole pools and random histories
@@ -786,7 +1065,7 @@ impl Pool {
                 None
             }
             Happening::AbandonTrial => {
-                health.abandon_trial();
+                health.free_trial();
                 None
             }
             Happening::Stuck => health.eject_stuck(policy, now, Proof::Unanswered, &peers, rng),
@@ -856,7 +1135,7 @@ proptest! {
             pool.happen(i % members, happening);
         }
         for health in &mut pool.members {
-            health.abandon_trial();
+            health.free_trial();
         }
         // The longest ejection or Retry-After of the history, then a probe or two, then the ramp.
         for _ in 0..215 {

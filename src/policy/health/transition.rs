@@ -212,3 +212,75 @@ impl fmt::Display for Transition {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{EjectReason, KeptBecause, Transition};
+    use crate::policy::Moment;
+    use crate::policy::progress::Proof;
+    use std::time::Duration;
+
+    const REASONS: [EjectReason; 5] = [
+        EjectReason::ConsecutiveFaults(3),
+        EjectReason::SuccessRate { rate: 0.5, peers: 1.0 },
+        EjectReason::Misconfigured,
+        EjectReason::Stuck(Proof::Outrun),
+        EjectReason::Slow { ratio: 7.25 },
+    ];
+
+    fn transitions() -> [Transition; 14] {
+        let (until, lasts, times) = (Moment::from_micros(9), Duration::from_secs(2), 2);
+        [
+            Transition::ProbesPassed { passes: 2, weak: false, probation: false },
+            Transition::ProbesFailed { fails: 3 },
+            Transition::ProbesOutvoted { fails: 3 },
+            Transition::ProvenByTraffic,
+            Transition::Refusing,
+            Transition::RefusalOver,
+            Transition::Busy { until, stated: true },
+            Transition::Ejected { until, lasts, times, reason: EjectReason::Misconfigured },
+            Transition::Kept { reason: EjectReason::Misconfigured, because: KeptBecause::LastEligible },
+            Transition::AwaitsProbe,
+            Transition::Probation,
+            Transition::TrialFailed { until, lasts, times },
+            Transition::Readmitted { after: lasts },
+            Transition::SlowStartOver,
+        ]
+    }
+
+    fn differ(words: impl IntoIterator<Item = String>, count: usize) {
+        let mut words: Vec<String> = words.into_iter().collect();
+        words.sort_unstable();
+        words.dedup();
+        assert_eq!(words.len(), count, "{words:?}");
+    }
+
+    #[test]
+    fn each_has_a_label_and_a_sentence_of_its_own() {
+        let label = |name: &str| {
+            assert!(name.len() > 3 && name.chars().all(|c| c == '_' || c.is_ascii_lowercase()), "{name}");
+            name.to_owned()
+        };
+        differ(transitions().iter().map(|transition| label(transition.name())), 14);
+        differ(transitions().iter().map(ToString::to_string), 14);
+        differ(REASONS.iter().map(|reason| label(reason.name())), 5);
+        differ(REASONS.iter().map(ToString::to_string), 5);
+        differ([KeptBecause::LastEligible, KeptBecause::HalfEjected].map(|why| label(why.name())), 2);
+    }
+
+    #[test]
+    fn sentences_say_what_matters() {
+        let weak = Transition::ProbesPassed { passes: 2, weak: true, probation: true }.to_string();
+        assert!(weak.contains("weakly") && weak.contains("one request tries it first"), "{weak}");
+        let strong = Transition::ProbesPassed { passes: 2, weak: false, probation: false }.to_string();
+        assert!(!strong.contains("weakly") && !strong.contains("one request"), "{strong}");
+        let busy = |stated| Transition::Busy { until: Moment::ZERO, stated }.to_string();
+        assert!(busy(true).contains("Retry-After") && !busy(false).contains("Retry-After"));
+        for reason in REASONS {
+            let kept = |because| Transition::Kept { reason, because }.to_string();
+            assert!(kept(KeptBecause::LastEligible).contains(&reason.to_string()));
+            assert!(kept(KeptBecause::HalfEjected).contains("half of the pool"));
+        }
+        assert!(REASONS[4].to_string().contains("7.2"), "{}", REASONS[4]);
+    }
+}

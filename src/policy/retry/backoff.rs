@@ -24,4 +24,14 @@ mod tests {
             assert!((0..100).all(|_| backoff(&policy, n, &mut rng) <= bound));
         }
     }
+
+    #[test]
+    fn a_wait_is_drawn_evenly_below_a_bound_that_doubles() {
+        let policy = RetryPolicy::default();
+        let mut rng = fastrand::Rng::with_seed(11);
+        for (n, bound) in [(0, 0.025), (1, 0.025), (2, 0.05), (3, 0.1), (6, 0.8), (7, 1.0), (60, 1.0)] {
+            let mean = (0..4000).map(|_| backoff(&policy, n, &mut rng).as_secs_f64()).sum::<f64>() / 4000.0;
+            assert!((mean / bound - 0.5).abs() < 0.03, "{n}: {mean}");
+        }
+    }
 }

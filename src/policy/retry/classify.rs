@@ -330,4 +330,119 @@ mod tests {
         assert!(!Facts { took: Duration::from_secs(3), ..stale }.is_stale_connection());
         assert_eq!(verdict(&Facts { took: Duration::from_secs(3), ..stale }), Verdict::Fault);
     }
+
+    const OTHERS: [Cause; 27] = [
+        Cause::ModelMissingHere,
+        Cause::Refused,
+        Cause::ConnectTimeout,
+        Cause::Unreachable,
+        Cause::Dns,
+        Cause::Tls,
+        Cause::LocalResources,
+        Cause::Closed,
+        Cause::StreamRefused,
+        Cause::Protocol,
+        Cause::HeadTooLarge,
+        Cause::HeadTimeout,
+        Cause::WriteTimeout,
+        Cause::FirstTokenTimeout,
+        Cause::Silence,
+        Cause::EmptyBody,
+        Cause::WrongContentType,
+        Cause::Truncated,
+        Cause::InvalidBody,
+        Cause::EndedEarly,
+        Cause::AbortFinish,
+        Cause::InvalidEvent,
+        Cause::Rescued,
+        Cause::Upload,
+        Cause::ClientGone,
+        Cause::TotalTimeout,
+        Cause::ErrorInside(ErrorClass::ServerFault),
+    ];
+
+    /// A label of its own for each.
+    fn labels<const N: usize>(names: [&'static str; N]) {
+        let mut sorted = names;
+        sorted.sort_unstable();
+        assert!(sorted.windows(2).all(|pair| pair[0] != pair[1]), "{names:?}");
+        let is_word = |c: char| c == '_' || c.is_ascii_lowercase() || c.is_ascii_digit();
+        assert!(names.iter().all(|name| name.len() > 2 && name.chars().all(is_word)), "{names:?}");
+    }
+
+    #[test]
+    fn labels_are_bounded_and_differ() {
+        labels(OTHERS.map(Cause::name));
+        labels([400, 401, 429, 500, 502, 503, 504, 520].map(|status| Cause::Status(status).name()));
+        assert_eq!(Cause::Status(403).name(), Cause::Status(401).name());
+        assert_eq!(Cause::Status(499).name(), Cause::Status(404).name());
+        assert_eq!(Cause::Status(599).name(), Cause::Status(505).name());
+        let inside = [ErrorClass::ServerFault, ErrorClass::Overloaded, ErrorClass::ClientFault(400)];
+        labels(inside.map(|class| Cause::ErrorInside(class).name()));
+        labels(
+            [Phase::Connect, Phase::Head, Phase::Gate, Phase::Body, Phase::Stream, Phase::Tail]
+                .map(Phase::name),
+        );
+        labels(
+            [
+                Verdict::Success,
+                Verdict::Fault,
+                Verdict::Busy,
+                Verdict::Neutral,
+                Verdict::Misconfigured,
+                Verdict::Cancelled,
+            ]
+            .map(Verdict::name),
+        );
+    }
+
+    #[test]
+    fn what_is_no_answer_is_judged_by_whose_doing_it_is() {
+        for cause in OTHERS {
+            let expected = match cause {
+                Cause::ModelMissingHere => Verdict::Misconfigured,
+                Cause::LocalResources | Cause::StreamRefused | Cause::Rescued | Cause::TotalTimeout => {
+                    Verdict::Neutral
+                }
+                Cause::Upload | Cause::ClientGone => Verdict::Cancelled,
+                _ => Verdict::Fault,
+            };
+            assert_eq!(judged(cause), expected, "{cause:?}");
+        }
+        assert_eq!(judged(Cause::Answered), Verdict::Success);
+        assert_eq!(judged(Cause::ErrorInside(ErrorClass::Overloaded)), Verdict::Busy);
+        assert_eq!(judged(Cause::ErrorInside(ErrorClass::ClientFault(400))), Verdict::Neutral);
+        let own = Facts { own_credentials: true, ..Facts::new(Phase::Head, Cause::Status(404)) };
+        assert_eq!(verdict(&own), Verdict::Neutral, "a 404 has nothing to do with credentials");
+    }
+
+    #[test]
+    fn an_answer_is_what_could_be_relayed() {
+        for cause in OTHERS {
+            let expected = matches!(cause, Cause::ModelMissingHere | Cause::ErrorInside(_));
+            assert_eq!(cause.is_answer(), expected, "{cause:?}");
+        }
+        assert!(Cause::Answered.is_answer() && Cause::Status(400).is_answer());
+    }
+
+    #[test]
+    fn only_a_failure_of_the_engine_may_be_the_requests_own() {
+        for (status, may) in
+            [(500, true), (502, true), (504, true), (520, true), (501, false), (503, false), (429, false)]
+        {
+            assert_eq!(Cause::Status(status).may_be_the_requests_own(), may, "{status}");
+        }
+        assert!(Cause::ErrorInside(ErrorClass::ServerFault).may_be_the_requests_own());
+        assert!(!Cause::ErrorInside(ErrorClass::Overloaded).may_be_the_requests_own());
+        assert!(!Cause::Closed.may_be_the_requests_own());
+    }
+
+    #[test]
+    fn staleness_has_an_edge_of_one_second_and_a_phase() {
+        let stale = Facts { sent: true, reused: true, ..Facts::new(Phase::Head, Cause::Closed) };
+        assert!(Facts { took: Duration::from_secs(1), ..stale }.is_stale_connection());
+        assert!(!Facts { took: Duration::from_micros(1_000_001), ..stale }.is_stale_connection());
+        assert!(!Facts { phase: Phase::Gate, ..stale }.is_stale_connection());
+        assert!(!Facts { cause: Cause::Protocol, ..stale }.is_stale_connection());
+    }
 }

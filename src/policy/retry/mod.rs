@@ -340,4 +340,69 @@ mod tests {
         }
         assert_eq!(next(&history, &facts(Cause::Closed), true, true), Next::GiveUp(Reason::Attempts));
     }
+
+    #[test]
+    fn what_may_be_sent_twice_is_decided_by_its_nature() {
+        let (idempotent, keyed) =
+            (Nature { idempotent: true, ..Nature::default() }, Nature { keyed: true, ..Nature::default() });
+        let inference = Nature { inference: true, ..Nature::default() };
+        let stateful = Nature { stateful: true, ..inference };
+        let natures = [Nature::default(), idempotent, keyed, inference, stateful];
+        let allows = |replay: Replay| natures.map(|nature| replay.allows(&nature));
+        assert_eq!(allows(Replay::Auto), [false, true, true, true, false]);
+        assert_eq!(allows(Replay::Safe), [false, true, false, false, false]);
+        assert_eq!(allows(Replay::Always), [true; 5]);
+        assert_eq!(allows(Replay::Never), [false; 5]);
+        assert!(Replay::Auto.allows(&Nature { keyed: true, ..stateful }));
+    }
+
+    #[test]
+    fn reasons_have_labels_of_their_own() {
+        let reasons = [Reason::Attempts, Reason::Budget, Reason::NotReplayable, Reason::Client, Reason::Time];
+        let mut names = reasons.map(Reason::name);
+        names.sort_unstable();
+        assert!(names.windows(2).all(|pair| pair[0] != pair[1]), "{names:?}");
+        assert!(names.iter().all(|name| name.chars().all(|c| c == '_' || c.is_ascii_lowercase())));
+        assert!(names.iter().all(|name| name.len() > 5));
+    }
+
+    #[test]
+    fn the_clients_doing_and_the_end_of_its_time_end_it() {
+        let gone = facts(Cause::ClientGone);
+        assert_eq!(next(&History::new(3), &gone, true, true), Next::GiveUp(Reason::Client));
+        let late = facts(Cause::TotalTimeout);
+        assert_eq!(next(&History::new(3), &late, true, true), Next::GiveUp(Reason::Time));
+        let answered = facts(Cause::Answered);
+        assert_eq!(next(&History::new(3), &answered, false, false), Next::Relay);
+        // Neutral, but no answer: moved away from a backend that was ejected.
+        assert_eq!(next(&History::new(3), &facts(Cause::Rescued), true, true), Next::Failover);
+    }
+
+    #[test]
+    fn attempts_are_counted_by_whether_anything_was_sent() {
+        let mut history = History::new(3);
+        history.add(&facts(Cause::Status(500)));
+        assert_eq!((history.sent, history.unsent, history.stale, history.attempts()), (1, 0, false, 1));
+        history.add(&Facts::new(Phase::Connect, Cause::Refused));
+        assert_eq!((history.sent, history.unsent, history.attempts()), (1, 1, 2));
+        history.add(&Facts { reused: true, ..facts(Cause::Closed) });
+        history.add(&facts(Cause::Status(500)));
+        assert_eq!(
+            (history.sent, history.stale, history.attempts()),
+            (3, true, 4),
+            "once stale, stale for ever"
+        );
+    }
+
+    #[test]
+    fn one_attempt_for_each_member_and_thirty_two_more_may_send_nothing() {
+        let unsent = Facts::new(Phase::Connect, Cause::Refused);
+        let mut history = History::new(2);
+        let rounds = (0..100).take_while(|_| {
+            let goes_on = next(&history, &unsent, true, false) == Next::Failover;
+            history.add(&unsent);
+            goes_on
+        });
+        assert_eq!(rounds.count(), 33, "and the thirty-fourth attempt was the last");
+    }
 }

@@ -1,0 +1,282 @@
+//! What must hold, whatever happens. Each rule keeps books of its own and believes no policy: budgets are added up from
+//! what was granted, trials counted from what was sent.
+
+use crate::gateway::{Change, Choice, Gateway, Grant, Told};
+use crate::plan::{Plan, Policies};
+use evergate::policy::Moment;
+use evergate::policy::health::{EjectReason, Observation, ProbeVerdict, Standing, Transition};
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+/// The budget's window, and the time in which a burst comes back (`policy::retry`).
+const BUDGET_SECONDS: u64 = 10;
+const BURST_REFILL: f64 = 30.0;
+const BURST_MIN: u32 = 8;
+/// Attempts that sent nothing, beyond one for each backend.
+const UNSENT_REPEATS_MAX: u32 = 32;
+
+/// The first rule that was broken, and the books of all.
+pub(crate) struct Rules {
+    pub(crate) broken: Option<String>,
+    /// What happened how often, over all kinds: a simulation that never meets a thing proves nothing about it.
+    pub(crate) tally: BTreeMap<&'static str, u64>,
+    requests: Vec<Moment>,
+    retries: Vec<Moment>,
+    bursts: Vec<Moment>,
+    /// Attempts under way that are their backend's trial.
+    trials: Vec<u32>,
+    /// No attempt before, by its own stated wish.
+    leave_alone_until: Vec<Moment>,
+    /// It never failed anybody, nor asked to be left alone.
+    blameless: Vec<bool>,
+    under_way: u32,
+}
+
+impl Rules {
+    pub(crate) fn new(members: usize) -> Self {
+        Self {
+            broken: None,
+            tally: BTreeMap::new(),
+            requests: Vec::new(),
+            retries: Vec::new(),
+            bursts: Vec::new(),
+            trials: vec![0; members],
+            leave_alone_until: vec![Moment::ZERO; members],
+            blameless: vec![true; members],
+            under_way: 0,
+        }
+    }
+
+    pub(crate) fn count(&mut self, what: &'static str) {
+        *self.tally.entry(what).or_default() += 1;
+    }
+
+    /// `holds`, or the first breach is remembered.
+    pub(crate) fn require(&mut self, holds: bool, rule: &str, what: impl FnOnce() -> String) {
+        if !holds && self.broken.is_none() {
+            self.broken = Some(format!("{rule}: {}", what()));
+        }
+    }
+
+    pub(crate) fn arrived(&mut self, now: Moment) {
+        self.requests.push(now);
+    }
+
+    /// A request that had been sent is sent again.
+    pub(crate) fn retried(&mut self, policies: &Policies, grant: Option<Grant>, peak: u32, now: Moment) {
+        let policy = &policies.retry;
+        let second = (now.as_micros() / 1_000_000).saturating_sub(BUDGET_SECONDS - 1);
+        let from = Moment::from_micros(second * 1_000_000);
+        let since = |of: &[Moment]| of.iter().filter(|at| **at >= from).count() as f64;
+        let (made, most) = match grant {
+            Some(Grant::Budget) => {
+                self.count("retry from the budget");
+                self.retries.push(now);
+                let earned = policy.budget_ratio * since(&self.requests);
+                (since(&self.retries), earned + policy.budget_floor * BUDGET_SECONDS as f64)
+            }
+            Some(Grant::Burst) => {
+                self.count("retry from the burst");
+                self.bursts.push(now);
+                let back = 1.0 + now.since(from).as_secs_f64() / BURST_REFILL;
+                (since(&self.bursts), f64::from(peak.max(BURST_MIN)) * back)
+            }
+            None => (1.0, 0.0),
+        };
+        self.require(made <= most + 1e-6, "the budget is never exceeded in any window", || {
+            format!("{grant:?}: {made} retries since {from:?}, {most} allowed")
+        });
+    }
+
+    /// An attempt begins.
+    pub(crate) fn begins(&mut self, gateway: &Gateway, choice: Choice, tried: &[usize], now: Moment) {
+        let i = choice.backend();
+        let standing = gateway.standing(i, now);
+        let in_flight = gateway.backends[i].in_flight;
+        self.under_way += 1;
+        self.require(
+            !tried.contains(&i),
+            "a backend that was tried is not tried again while others exist",
+            || format!("{choice:?} with {tried:?} tried"),
+        );
+        self.require(gateway.backends[i].present, "only members are chosen", || format!("{choice:?}"));
+        let until = self.leave_alone_until[i];
+        self.require(until <= now, "a stated Retry-After is a floor", || {
+            format!("{choice:?} before {until:?}")
+        });
+        match choice {
+            Choice::Ordinary(_) => {
+                self.count("attempt");
+                let fits = matches!(standing, Standing::Eligible { .. }) && gateway.has_room(i, now);
+                self.require(fits, "ordinary attempts go to eligible backends with room", || {
+                    format!("{i} is {standing:?} with {in_flight} in flight")
+                });
+            }
+            Choice::Trial(_) => {
+                self.count("attempt as a trial");
+                self.trials[i] += 1;
+                let under_way = self.trials[i];
+                self.require(under_way == 1, "one trial at a time", || format!("{under_way} at {i}"));
+            }
+            Choice::Suspect(_) => {
+                self.count("attempt in panic");
+                self.require(in_flight == 0, "in panic a suspect carries one attempt", || {
+                    format!("{i} has {in_flight} already")
+                });
+                let (members, eligible) = (gateway.members(), gateway.eligible(now));
+                self.require(eligible * 5 <= members, "panic only when too few are eligible", || {
+                    format!("{eligible} of {members} are")
+                });
+            }
+        }
+    }
+
+    /// A trial has shown what it will, or is lost.
+    pub(crate) fn trial_over(&mut self, i: usize) {
+        self.trials[i] = self.trials[i].saturating_sub(1);
+    }
+
+    pub(crate) fn ends(&mut self) {
+        self.under_way -= 1;
+    }
+
+    /// Attempts of one exchange.
+    pub(crate) fn attempts(
+        &mut self,
+        policies: &Policies,
+        members: usize,
+        sent: u32,
+        stale: u32,
+        unsent: u32,
+    ) {
+        let most = u32::from(policies.retry.attempts_max);
+        self.require(sent <= most + stale.min(1), "attempts of an exchange are bounded", || {
+            format!("{sent} reached a backend ({stale} of them on stale connections), {most} allowed")
+        });
+        self.require(
+            unsent <= members as u32 + UNSENT_REPEATS_MAX,
+            "attempts that sent nothing are bounded",
+            || format!("{unsent} of {members} backends"),
+        );
+    }
+
+    /// What a judge was told.
+    pub(crate) fn told(&mut self, gateway: &Gateway, i: usize, told: Told, now: Moment) {
+        match told {
+            Told::Observation(Observation::Busy { until }) => {
+                self.blameless[i] = false;
+                if let Some(until) = until {
+                    let until = until.min(now + gateway.policies.health.retry_after_max);
+                    self.leave_alone_until[i] = self.leave_alone_until[i].max(until);
+                }
+            }
+            Told::Observation(Observation::Fault | Observation::Silent | Observation::Misconfigured) => {
+                self.blameless[i] = false
+            }
+            Told::Observation(Observation::Success | Observation::FirstToken | Observation::Neutral)
+            | Told::Tick
+            | Told::Slow(_) => {}
+            Told::Probe(verdict) => {
+                self.blameless[i] &= matches!(verdict, ProbeVerdict::Pass | ProbeVerdict::WeakPass);
+            }
+        }
+    }
+
+    /// A judge has changed its mind.
+    pub(crate) fn changed(&mut self, policies: &Policies, change: &Change, now: Moment) {
+        self.count(change.transition.name());
+        match change.transition {
+            Transition::Ejected { until, lasts, reason, .. } => {
+                self.count(reason.name());
+                self.require(
+                    change.eligible_before == 0 || change.eligible_after > 0,
+                    "an observation never removes the last eligible backend",
+                    || format!("{change:?}"),
+                );
+                let most = match reason {
+                    EjectReason::Misconfigured => policies.health.misconfigured_ejection,
+                    EjectReason::ConsecutiveFaults(_)
+                    | EjectReason::SuccessRate { .. }
+                    | EjectReason::Stuck(_)
+                    | EjectReason::Slow { .. } => policies.health.ejection_max,
+                };
+                self.require(lasts <= most && until == now + lasts, "ejections are bounded", || {
+                    format!("{change:?}")
+                });
+                let statistical =
+                    matches!(reason, EjectReason::SuccessRate { .. } | EjectReason::Slow { .. });
+                self.require(
+                    !statistical || change.ejected_after <= (change.members / 2).max(1),
+                    "statistics eject at most half of a pool",
+                    || format!("{change:?}"),
+                );
+            }
+            Transition::TrialFailed { lasts, .. } => {
+                self.require(lasts <= policies.health.ejection_max, "ejections are bounded", || {
+                    format!("{change:?}")
+                });
+            }
+            Transition::Kept { because, .. } => self.count(because.name()),
+            _ => {}
+        }
+    }
+
+    /// An exchange found nobody to take it, and everybody in time was asked.
+    pub(crate) fn nobody(&mut self, gateway: &Gateway, tried: &[usize], now: Moment) {
+        for i in 0..gateway.backends.len() {
+            let sound = self.blameless[i] && gateway.is_eligible(i, now) && gateway.has_room(i, now);
+            self.require(!sound || tried.contains(&i), "who is sound and free is asked", || {
+                format!("{i} was not, but {tried:?}")
+            });
+        }
+    }
+
+    /// All who have been tried are forgotten: a second round begins.
+    pub(crate) fn another_round(&mut self, gateway: &Gateway, tried: &[usize], now: Moment) {
+        self.nobody(gateway, tried, now);
+        for i in (0..gateway.backends.len()).filter(|i| !tried.contains(i)) {
+            let open = gateway.is_eligible(i, now) && gateway.has_room(i, now);
+            self.require(!open, "a backend that was tried is not tried again while others exist", || {
+                format!("{i} is there, {tried:?} were tried")
+            });
+        }
+    }
+
+    /// After every event; `looks`: while somebody looks at the clock.
+    pub(crate) fn at_rest(&mut self, gateway: &Gateway, now: Moment, looks: bool) {
+        let in_flight: u32 = gateway.backends.iter().map(|backend| backend.in_flight).sum();
+        let under_way = self.under_way;
+        self.require(in_flight == under_way, "in-flight counts what is under way", || {
+            format!("{in_flight} counted, {under_way} under way")
+        });
+        for (i, backend) in gateway.backends.iter().enumerate() {
+            let next = backend.health.next_change(&gateway.policies.health);
+            // A look comes every second.
+            let overdue = next.is_some_and(|next| next + Duration::from_secs(2) < now);
+            self.require(!overdue || !backend.present || !looks, "time is noticed", || {
+                format!("{i}: {next:?} at {now:?}")
+            });
+        }
+    }
+
+    /// Every backend should be back.
+    pub(crate) fn recovered(&mut self, gateway: &Gateway, plan: &Plan, now: Moment) {
+        for i in 0..gateway.backends.len() {
+            let standing = gateway.standing(i, now);
+            self.require(
+                matches!(standing, Standing::Eligible { .. }),
+                "a backend that had a bad minute is back within the bound",
+                || format!("{i} is {standing:?} at {now:?}, well since {:?}", plan.well_from),
+            );
+        }
+    }
+
+    /// Nothing is left.
+    pub(crate) fn over(&mut self, gateway: &Gateway, arrived: usize, ended: usize) {
+        self.require(arrived == ended, "every exchange ends exactly once", || {
+            format!("{ended} of {arrived} ended")
+        });
+        let left: Vec<u32> = gateway.backends.iter().map(|backend| backend.in_flight).collect();
+        self.require(left.iter().all(|n| *n == 0), "in-flight returns to zero", || format!("{left:?}"));
+    }
+}

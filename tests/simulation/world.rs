@@ -1,0 +1,757 @@
+//! One history: a plan, a gateway, and a clock that jumps from event to event.
+//!
+//! The exchange is that of `src/proxy/exchange.rs`, step by step: choose, attempt, judge, decide, learn, and then relay,
+//! move on or give up. What takes time there is an event here. Every step is put before the [`Rules`], and told to the
+//! trace when one is wanted.
+
+use crate::gateway::{Change, Choice, Gateway, Nobody, Told};
+use crate::plan::{PROBE_EVERY, PROBE_JITTER, Plan};
+use crate::replica::{Ailment, Fate, GAP, Replica, Request};
+use crate::rules::Rules;
+use evergate::policy::Moment;
+use evergate::policy::health::{Observation, ProbeVerdict, Transition};
+use evergate::policy::outlier::Measure;
+use evergate::policy::retry::{
+    Cause, Facts, History, Nature, Next, Phase, Reason, Verdict, backoff, decide, verdict,
+};
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+use std::fmt::Write as _;
+use std::time::Duration;
+
+/// Between two looks of the judges' clock.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// A long stream tells its speed so often.
+const STRETCH: Duration = Duration::from_secs(2);
+/// A busy backend is waited for at least so long.
+const ALARM_TICK: Duration = Duration::from_millis(25);
+/// More events than this are a loop.
+const EVENTS_MAX: usize = 200_000;
+
+/// What the world comes to.
+pub(crate) struct Outcome {
+    pub(crate) rules: Rules,
+    pub(crate) trace: String,
+}
+
+/// Lives through the history of a seed.
+pub(crate) fn live(seed: u64, traced: bool) -> Outcome {
+    World::new(Plan::of(seed), seed, traced).live()
+}
+
+/// Lives through a plan made by hand.
+pub(crate) fn live_plan(plan: Plan, seed: u64) -> Outcome {
+    World::new(plan, seed, false).live()
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Event {
+    Arrives(usize),
+    /// An exchange's time has come, if it is still where it was (`epoch`).
+    Due {
+        exchange: usize,
+        epoch: u32,
+    },
+    Stretch {
+        exchange: usize,
+        epoch: u32,
+    },
+    ClientLeaves(usize),
+    Probe {
+        backend: usize,
+        epoch: u32,
+    },
+    Falls {
+        backend: usize,
+        ailment: Option<usize>,
+    },
+    Lies {
+        backend: usize,
+        lie: Option<usize>,
+    },
+    Operator {
+        backend: usize,
+        order: usize,
+    },
+    Joins(usize),
+    Look,
+    ShouldBeWell,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum State {
+    /// For a backend, until then at the longest.
+    Waiting {
+        until: Moment,
+    },
+    /// Everybody was tried: a pause before the next round.
+    BackingOff,
+    /// Up to the first token.
+    Attempting(Attempt),
+    /// Past the commit point.
+    Relaying(Attempt),
+    Ended,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Attempt {
+    choice: Choice,
+    began: Moment,
+    fate: Fate,
+    /// When the part of the stream began whose speed is measured next.
+    stretch: Moment,
+}
+
+struct Exchange {
+    request: Request,
+    key: u64,
+    began: Moment,
+    state: State,
+    epoch: u32,
+    history: History,
+    stale: u32,
+    tried: Vec<usize>,
+    rounds: u32,
+    fresh: bool,
+    blamed: Option<usize>,
+    wait_until: Option<Moment>,
+}
+
+struct World {
+    plan: Plan,
+    gateway: Gateway,
+    replicas: Vec<Replica>,
+    exchanges: Vec<Exchange>,
+    /// In the order in which they began to wait.
+    waiters: Vec<usize>,
+    queue: BinaryHeap<Reverse<(Moment, u64, Event)>>,
+    sequence: u64,
+    probe_epochs: Vec<u32>,
+    next_probe: Vec<Moment>,
+    now: Moment,
+    ended: usize,
+    /// Of the model; the policies have their own.
+    rng: fastrand::Rng,
+    rules: Rules,
+    trace: Option<String>,
+}
+
+impl World {
+    fn new(plan: Plan, seed: u64, traced: bool) -> Self {
+        let members = plan.members.len();
+        Self {
+            gateway: Gateway::new(&plan, seed ^ 0x5eed),
+            replicas: vec![Replica::default(); members],
+            exchanges: Vec::new(),
+            waiters: Vec::new(),
+            queue: BinaryHeap::new(),
+            sequence: 0,
+            probe_epochs: vec![0; members],
+            next_probe: vec![Moment::NEVER; members],
+            now: Moment::ZERO,
+            ended: 0,
+            rng: fastrand::Rng::with_seed(!seed),
+            rules: Rules::new(members),
+            trace: traced.then(String::new),
+            plan,
+        }
+    }
+
+    fn live(mut self) -> Outcome {
+        self.foresee();
+        let mut events = 0;
+        while let Some(Reverse((at, _, event))) = self.queue.pop() {
+            self.now = at;
+            self.happens(event);
+            self.rules.at_rest(&self.gateway, at, at < self.plan.end);
+            events += 1;
+            self.rules.require(events < EVENTS_MAX, "a history ends", || format!("{event:?} at {at:?}"));
+            if self.rules.broken.is_some() {
+                break;
+            }
+        }
+        self.rules.over(&self.gateway, self.exchanges.len(), self.ended);
+        if let Some(broken) = self.rules.broken.clone() {
+            self.note(|| format!("BROKEN {broken}"));
+        }
+        Outcome { rules: self.rules, trace: self.trace.unwrap_or_default() }
+    }
+
+    /// Puts all that is known beforehand into the queue.
+    fn foresee(&mut self) {
+        for n in 0..self.plan.arrivals.len() {
+            self.at(self.plan.arrivals[n].0, Event::Arrives(n));
+        }
+        for backend in 0..self.plan.members.len() {
+            let member = self.plan.members[backend].clone();
+            for (n, (span, _)) in member.ailments.iter().enumerate() {
+                self.at(span.from, Event::Falls { backend, ailment: Some(n) });
+                self.at(span.until, Event::Falls { backend, ailment: None });
+            }
+            for (n, (span, _)) in member.lies.iter().enumerate() {
+                self.at(span.from, Event::Lies { backend, lie: Some(n) });
+                self.at(span.until, Event::Lies { backend, lie: None });
+            }
+            for (order, (at, _)) in member.operator.iter().enumerate() {
+                self.at(*at, Event::Operator { backend, order });
+            }
+            // Whatever overlapped, from then on all is well.
+            self.at(self.plan.well_from, Event::Falls { backend, ailment: None });
+            self.at(self.plan.well_from, Event::Lies { backend, lie: None });
+            if member.joins > Moment::ZERO {
+                self.at(member.joins, Event::Joins(backend));
+            } else {
+                self.probe_at(backend, self.now);
+            }
+        }
+        self.at(Moment::ZERO, Event::Look);
+        if let Some(by) = self.plan.eligible_by {
+            self.at(by, Event::ShouldBeWell);
+        }
+    }
+
+    fn at(&mut self, at: Moment, event: Event) {
+        self.sequence += 1;
+        self.queue.push(Reverse((at, self.sequence, event)));
+    }
+
+    fn note(&mut self, what: impl FnOnce() -> String) {
+        if let Some(trace) = &mut self.trace {
+            let _ = writeln!(trace, "{:>9.3}s  {}", self.now.as_micros() as f64 / 1e6, what());
+        }
+    }
+
+    fn happens(&mut self, event: Event) {
+        match event {
+            Event::Arrives(n) => self.arrives(n),
+            Event::Due { exchange, epoch } if self.exchanges[exchange].epoch == epoch => self.due(exchange),
+            Event::Stretch { exchange, epoch } if self.exchanges[exchange].epoch == epoch => {
+                self.stretch_over(exchange);
+            }
+            Event::Due { .. } | Event::Stretch { .. } => {}
+            Event::ClientLeaves(x) => self.client_leaves(x),
+            Event::Probe { backend, epoch } if self.probe_epochs[backend] == epoch => self.probe(backend),
+            Event::Probe { .. } => {}
+            Event::Falls { backend, ailment } => self.falls(backend, ailment),
+            Event::Lies { backend, lie } => {
+                self.replicas[backend].lie = lie.map(|n| self.plan.members[backend].lies[n].1);
+            }
+            Event::Operator { backend, order } => {
+                let state = self.plan.members[backend].operator[order].1;
+                self.note(|| format!("b{backend}: operator says {}", state.name()));
+                self.rules.count(state.name());
+                self.gateway.backends[backend].admin = state;
+                self.settle();
+                self.wake_all();
+            }
+            Event::Joins(backend) => {
+                self.note(|| format!("b{backend}: joins"));
+                self.gateway.join(backend, self.now);
+                self.settle();
+                self.probe_at(backend, self.now);
+            }
+            Event::Look => {
+                let mut changes = Vec::new();
+                self.gateway.look(self.now, &mut changes);
+                self.take(&changes);
+                if self.now < self.plan.end {
+                    self.at(self.now + LOOK_EVERY, Event::Look);
+                }
+            }
+            Event::ShouldBeWell => self.rules.recovered(&self.gateway, &self.plan, self.now),
+        }
+    }
+
+    // The world outside
+
+    fn falls(&mut self, i: usize, ailment: Option<usize>) {
+        let ailment = ailment.map(|n| self.plan.members[i].ailments[n].1);
+        self.replicas[i].ailment = ailment;
+        match ailment {
+            Some(ailment) => {
+                self.rules.count(ailment.name());
+                self.note(|| format!("b{i}: {ailment:?}"));
+            }
+            None => self.note(|| format!("b{i}: well")),
+        }
+        if ailment != Some(Ailment::Crashed) {
+            return;
+        }
+        for x in 0..self.exchanges.len() {
+            match self.exchanges[x].state {
+                State::Attempting(attempt) if attempt.choice.backend() == i => {
+                    let facts = Facts { sent: true, ..Facts::new(Phase::Head, Cause::Closed) };
+                    self.attempt_ends(x, attempt, facts);
+                }
+                State::Relaying(attempt) if attempt.choice.backend() == i => {
+                    self.stream_ends(x, attempt, Some(Cause::Truncated));
+                }
+                _ => {}
+            }
+        }
+    }
+
+    fn probe_at(&mut self, i: usize, at: Moment) {
+        if self.plan.policies.health.probes {
+            self.probe_epochs[i] += 1;
+            self.next_probe[i] = at;
+            let epoch = self.probe_epochs[i];
+            self.at(at, Event::Probe { backend: i, epoch });
+        }
+    }
+
+    fn probe(&mut self, i: usize) {
+        let verdict = self.replicas[i].probe(&mut self.rng);
+        self.rules.count(match verdict {
+            ProbeVerdict::Pass => "probe passes",
+            ProbeVerdict::WeakPass => "probe passes weakly",
+            ProbeVerdict::Fail => "probe fails",
+            ProbeVerdict::Refusing => "probe refused",
+        });
+        self.tell(i, Told::Probe(verdict));
+        if self.now < self.plan.end {
+            let pause = self.probe_pause(i);
+            self.probe_at(i, self.now + pause);
+        }
+    }
+
+    fn probe_pause(&mut self, i: usize) -> Duration {
+        let steady = self.gateway.backends[i].health.steady(self.now);
+        let pause = if steady { PROBE_EVERY.0 } else { PROBE_EVERY.1 };
+        pause.mul_f64(1.0 + PROBE_JITTER * (2.0 * self.rng.f64() - 1.0))
+    }
+
+    // The judges
+
+    fn tell(&mut self, i: usize, told: Told) {
+        self.rules.told(&self.gateway, i, told, self.now);
+        let mut changes = Vec::new();
+        self.gateway.tell(i, told, self.now, &mut changes);
+        self.take(&changes);
+    }
+
+    fn observe(&mut self, i: usize, observation: Observation) {
+        self.tell(i, Told::Observation(observation));
+    }
+
+    fn settle(&mut self) {
+        let mut changes = Vec::new();
+        self.gateway.settle(self.now, &mut changes);
+        self.take(&changes);
+    }
+
+    /// What follows from transitions: rescue, waking, sooner probes.
+    fn take(&mut self, changes: &[Change]) {
+        for change in changes {
+            self.note(|| format!("b{}: {} [{:?}]", change.backend, change.transition, change.told));
+            self.rules.changed(&self.plan.policies, change, self.now);
+        }
+        for change in changes {
+            let i = change.backend;
+            match change.transition {
+                Transition::Ejected { .. }
+                | Transition::TrialFailed { .. }
+                | Transition::ProbesFailed { .. } => {
+                    self.rescue(i);
+                }
+                Transition::Probation
+                | Transition::ProbesPassed { .. }
+                | Transition::ProvenByTraffic
+                | Transition::RefusalOver
+                | Transition::Readmitted { .. } => self.wake_all(),
+                _ => {}
+            }
+            let soon = self.now + PROBE_EVERY.1;
+            if self.next_probe[i] > soon
+                && !self.gateway.backends[i].health.steady(self.now)
+                && self.now < self.plan.end
+            {
+                self.probe_at(i, soon);
+            }
+        }
+    }
+
+    fn rescue(&mut self, i: usize) {
+        for x in 0..self.exchanges.len() {
+            if let State::Attempting(attempt) = self.exchanges[x].state
+                && attempt.choice.backend() == i
+                && attempt.began < self.now
+                && self.replayable(x)
+            {
+                let facts = Facts { sent: true, ..Facts::new(Phase::Head, Cause::Rescued) };
+                self.attempt_ends(x, attempt, facts);
+            }
+        }
+    }
+
+    // An exchange, in the order of its life
+
+    fn arrives(&mut self, n: usize) {
+        let request = self.plan.arrivals[n].1;
+        let x = self.exchanges.len();
+        let members = self.gateway.backends.iter().filter(|backend| backend.present).count();
+        self.exchanges.push(Exchange {
+            request,
+            key: self.rng.u64(..8),
+            began: self.now,
+            state: State::BackingOff,
+            epoch: 0,
+            history: History::new(members),
+            stale: 0,
+            tried: Vec::new(),
+            rounds: 0,
+            fresh: false,
+            blamed: None,
+            wait_until: None,
+        });
+        self.rules.count("exchange");
+        self.rules.arrived(self.now);
+        self.gateway.budget.deposit(self.now);
+        if let Some(patience) = request.patience {
+            self.at(self.now + patience, Event::ClientLeaves(x));
+        }
+        self.choose(x);
+    }
+
+    fn replayable(&self, x: usize) -> bool {
+        let inference = self.exchanges[x].request.replayable;
+        let nature = Nature { inference, stateful: !inference, ..Nature::default() };
+        self.plan.policies.retry.replay.allows(&nature)
+    }
+
+    fn choose(&mut self, x: usize) {
+        let replayable = self.replayable(x);
+        let (tried, key) = (self.exchanges[x].tried.clone(), self.exchanges[x].key);
+        let nobody = match self.gateway.pick(&tried, replayable, key, self.now) {
+            Ok(choice) => return self.attempt(x, choice),
+            Err(nobody) => nobody,
+        };
+        self.rules.nobody(&self.gateway, &tried, self.now);
+        let Some(until) = self.may_wait(x, nobody) else { return self.end(x, end_of(nobody)) };
+        self.rules.count("waits");
+        self.note(|| format!("x{x}: waits, {nobody:?}"));
+        if nobody == Nobody::AllTried {
+            self.rules.another_round(&self.gateway, &tried, self.now);
+            self.exchanges[x].rounds += 1;
+            let rounds = self.exchanges[x].rounds;
+            let pause = backoff(&self.plan.policies.retry, rounds, &mut self.gateway.rng);
+            let bound = self.plan.policies.retry.backoff_max;
+            self.rules.require(pause <= bound, "a pause is bounded", || format!("{pause:?}"));
+            self.exchanges[x].state = State::BackingOff;
+            return self.due_at(x, self.now + pause.min(until.since(self.now)));
+        }
+        self.exchanges[x].state = State::Waiting { until };
+        self.waiters.push(x);
+        self.due_at(x, until);
+    }
+
+    fn may_wait(&mut self, x: usize, nobody: Nobody) -> Option<Moment> {
+        let now = self.now;
+        let end = *self.exchanges[x].wait_until.get_or_insert(now + self.plan.policies.retry.wait_max);
+        match nobody {
+            _ if end <= now => None,
+            Nobody::Busy(Some(until)) if until > end => None,
+            Nobody::Busy(Some(until)) => Some(until.max(now + ALARM_TICK).min(end)),
+            Nobody::Busy(None) | Nobody::Down | Nobody::AllTried => Some(end),
+        }
+    }
+
+    fn due_at(&mut self, x: usize, at: Moment) {
+        self.exchanges[x].epoch += 1;
+        let epoch = self.exchanges[x].epoch;
+        self.at(at, Event::Due { exchange: x, epoch });
+    }
+
+    fn due(&mut self, x: usize) {
+        match self.exchanges[x].state {
+            State::Waiting { until } => {
+                let now = self.now;
+                self.rules.require(now <= until, "no exchange waits beyond its clocks", || {
+                    format!("x{x} at {now:?}")
+                });
+                self.waiters.retain(|waiter| *waiter != x);
+                self.choose(x);
+            }
+            State::BackingOff => {
+                self.exchanges[x].tried.clear();
+                self.choose(x);
+            }
+            State::Attempting(attempt) => match attempt.fate {
+                Fate::Ends { facts, .. } => self.attempt_ends(x, attempt, facts),
+                Fate::Answers { .. } => self.first_token(x, attempt),
+            },
+            State::Relaying(attempt) => {
+                let Fate::Answers { breaks, .. } = attempt.fate else { return };
+                self.stream_ends(x, attempt, breaks.map(|(cause, _)| cause));
+            }
+            State::Ended => self.rules.require(false, "every exchange ends exactly once", || format!("x{x}")),
+        }
+    }
+
+    fn attempt(&mut self, x: usize, choice: Choice) {
+        let i = choice.backend();
+        let exchange = &self.exchanges[x];
+        self.rules.begins(&self.gateway, choice, &exchange.tried, self.now);
+        // Kept connections are there when the pool is in use, and not for what must not run twice.
+        let reused = !exchange.fresh && self.replayable(x) && self.rng.bool();
+        let in_flight = self.gateway.backends[i].in_flight;
+        let clocks = &self.plan.policies.clocks;
+        let fate =
+            self.replicas[i].serve(&self.exchanges[x].request, in_flight, clocks, reused, &mut self.rng);
+        let ailment = self.replicas[i].ailment;
+        self.note(|| format!("x{x}: attempt at {choice:?}, which is {ailment:?}"));
+        self.gateway.begin(i);
+        let attempt = Attempt { choice, began: self.now, fate, stretch: self.now };
+        self.exchanges[x].state = State::Attempting(attempt);
+        let after = match fate {
+            Fate::Ends { after, .. } => after,
+            Fate::Answers { first, .. } if self.exchanges[x].request.streams => first,
+            // Held until whole.
+            Fate::Answers { first, gap, .. } => first + self.length(x, gap),
+        };
+        self.due_at(x, self.now + after);
+    }
+
+    fn length(&self, x: usize, gap: Duration) -> Duration {
+        (gap * self.exchanges[x].request.tokens).min(self.plan.policies.clocks.stream)
+    }
+
+    fn first_token(&mut self, x: usize, attempt: Attempt) {
+        let Fate::Answers { first, gap, breaks } = attempt.fate else { return };
+        let whole = !self.exchanges[x].request.streams;
+        let took = self.now.since(attempt.began);
+        let i = attempt.choice.backend();
+        if whole && let Some((cause, _)) = breaks {
+            let facts = Facts { sent: true, answered: true, took, ..Facts::new(Phase::Body, cause) };
+            return self.attempt_ends(x, attempt, facts);
+        }
+        self.gateway.saw_speed(i, Measure::FirstToken, attempt.began, first, self.now);
+        let phase = if whole { Phase::Body } else { Phase::Gate };
+        let facts = Facts { sent: true, answered: true, took, ..Facts::new(phase, Cause::Answered) };
+        self.attempt_ends(x, attempt, facts);
+        if whole {
+            return;
+        }
+        let State::Relaying(attempt) = self.exchanges[x].state else { return };
+        let length = self.length(x, gap);
+        let lasts = breaks.map_or(length, |(_, share)| length.mul_f64(share));
+        self.exchanges[x].state = State::Relaying(Attempt { stretch: self.now, ..attempt });
+        self.due_at(x, self.now + lasts);
+        if lasts > STRETCH {
+            let epoch = self.exchanges[x].epoch;
+            self.at(self.now + STRETCH, Event::Stretch { exchange: x, epoch });
+        }
+    }
+
+    /// Facts are known: judge, decide, learn, act.
+    fn attempt_ends(&mut self, x: usize, attempt: Attempt, facts: Facts) {
+        let i = attempt.choice.backend();
+        let facts = Facts { serves_others: self.gateway.backends[i].health.serves(self.now), ..facts };
+        let verdict = verdict(&facts);
+        let next = self.decide(x, &facts, verdict);
+        self.note(|| format!("x{x}: {} at b{i}: {}, so {next:?}", facts.cause.name(), verdict.name()));
+        self.rules.count(verdict.name());
+        self.rules.count(match next {
+            Next::Relay => "relay",
+            Next::RelayAsRequestFault => "request fault",
+            Next::Failover => "failover",
+            Next::Again => "again",
+            Next::GiveUp(reason) => reason.name(),
+        });
+        let relays = next == Next::Relay && verdict == Verdict::Success;
+        let whole = !self.exchanges[x].request.streams;
+        // No longer waiting for a first token: what follows from its lesson must not move it.
+        self.exchanges[x].state = if relays { State::Relaying(attempt) } else { State::BackingOff };
+        self.exchanges[x].epoch += 1;
+        self.book(x, &facts);
+        if matches!(attempt.choice, Choice::Trial(_)) {
+            self.rules.trial_over(i);
+        }
+        self.learn(x, i, &facts, verdict, next, relays && whole);
+        match next {
+            Next::Relay if relays && !whole => {}
+            Next::Relay | Next::RelayAsRequestFault | Next::GiveUp(_) => {
+                self.let_go(attempt);
+                self.end(x, if relays { "answered" } else { next_name(next) });
+            }
+            Next::Failover | Next::Again => {
+                self.exchanges[x].fresh = next == Next::Again;
+                if next == Next::Failover {
+                    self.exchanges[x].tried.push(i);
+                }
+                self.let_go(attempt);
+                self.choose(x);
+            }
+        }
+    }
+
+    fn book(&mut self, x: usize, facts: &Facts) {
+        let exchange = &mut self.exchanges[x];
+        exchange.stale += u32::from(facts.is_stale_connection());
+        exchange.history.add(facts);
+        let (sent, unsent, stale) =
+            (u32::from(exchange.history.sent), u32::from(exchange.history.unsent), exchange.stale);
+        let members = exchange.history.members;
+        self.rules.attempts(&self.plan.policies, members, sent, stale, unsent);
+    }
+
+    fn decide(&mut self, x: usize, facts: &Facts, verdict: Verdict) -> Next {
+        let replayable = self.replayable(x);
+        let exchange = &self.exchanges[x];
+        let first = exchange.history.attempts() == 0;
+        let (gateway, now) = (&mut self.gateway, self.now);
+        let policy = gateway.policies.retry.clone();
+        let mut grant = None;
+        let next = decide(&policy, &exchange.history, facts, verdict, replayable, || {
+            grant = gateway.may_retry(first, now);
+            grant.is_some()
+        });
+        let peak = gateway.peak;
+        if next == Next::Failover && facts.sent {
+            self.rules.retried(&self.plan.policies, grant, peak, now);
+        }
+        if facts.sent && matches!(next, Next::Failover | Next::Again) {
+            let refused = matches!(verdict, Verdict::Busy | Verdict::Misconfigured);
+            self.rules.require(replayable || refused, "what must not run twice is not sent twice", || {
+                format!("x{x}: {facts:?}")
+            });
+        }
+        next
+    }
+
+    fn learn(&mut self, x: usize, i: usize, facts: &Facts, verdict: Verdict, next: Next, whole: bool) {
+        let own_fault = next == Next::RelayAsRequestFault;
+        if own_fault && let Some(blamed) = self.exchanges[x].blamed.take() {
+            self.gateway.forgive(blamed, self.now);
+        }
+        let observation = match verdict {
+            Verdict::Success => Observation::FirstToken,
+            Verdict::Fault if own_fault => Observation::Neutral,
+            Verdict::Fault => Observation::Fault,
+            Verdict::Busy => Observation::Busy { until: facts.retry_after.map(|after| self.now + after) },
+            Verdict::Misconfigured => Observation::Misconfigured,
+            Verdict::Neutral | Verdict::Cancelled => Observation::Neutral,
+        };
+        if observation == Observation::Fault {
+            self.exchanges[x].blamed = Some(i);
+        }
+        self.observe(i, observation);
+        if whole {
+            self.observe(i, Observation::Success);
+        }
+    }
+
+    fn stretch_over(&mut self, x: usize) {
+        let State::Relaying(attempt) = self.exchanges[x].state else { return };
+        let Fate::Answers { gap, .. } = attempt.fate else { return };
+        self.gateway.saw_speed(attempt.choice.backend(), Measure::TokenGap, attempt.stretch, gap, self.now);
+        self.exchanges[x].state = State::Relaying(Attempt { stretch: self.now, ..attempt });
+        let epoch = self.exchanges[x].epoch;
+        self.at(self.now + STRETCH, Event::Stretch { exchange: x, epoch });
+    }
+
+    fn stream_ends(&mut self, x: usize, attempt: Attempt, broken: Option<Cause>) {
+        let i = attempt.choice.backend();
+        let gap = match attempt.fate {
+            Fate::Answers { gap, .. } => gap,
+            Fate::Ends { .. } => GAP,
+        };
+        let (observation, how) = match broken {
+            Some(cause) => {
+                let facts = Facts { sent: true, answered: true, ..Facts::new(Phase::Stream, cause) };
+                let fault = verdict(&facts) == Verdict::Fault;
+                self.rules.require(fault, "a stream that breaks is a fault", || format!("{facts:?}"));
+                (Observation::Fault, "broken off")
+            }
+            None => {
+                self.gateway.saw_speed(i, Measure::TokenGap, attempt.stretch, gap, self.now);
+                (Observation::Success, "answered")
+            }
+        };
+        // As the relay does: the judge hears of it while the attempt still counts.
+        self.exchanges[x].state = State::BackingOff;
+        self.observe(i, observation);
+        self.let_go(attempt);
+        self.end(x, how);
+    }
+
+    fn client_leaves(&mut self, x: usize) {
+        match self.exchanges[x].state {
+            State::Ended => return,
+            State::Attempting(attempt) => {
+                if matches!(attempt.choice, Choice::Trial(_)) {
+                    self.rules.trial_over(attempt.choice.backend());
+                }
+                self.let_go(attempt);
+            }
+            State::Relaying(attempt) => self.let_go(attempt),
+            State::Waiting { .. } => self.waiters.retain(|waiter| *waiter != x),
+            State::BackingOff => {}
+        }
+        self.end(x, "client left");
+    }
+
+    /// The attempt counts no more, and if it was a trial without an outcome, another may be.
+    fn let_go(&mut self, attempt: Attempt) {
+        let i = attempt.choice.backend();
+        if matches!(attempt.choice, Choice::Trial(_)) {
+            self.gateway.backends[i].health.abandon_trial(attempt.began);
+        }
+        self.gateway.release(i);
+        self.rules.ends();
+        if !self.waiters.is_empty() {
+            let x = self.waiters.remove(0);
+            self.wake(x);
+        }
+    }
+
+    fn wake_all(&mut self) {
+        for x in std::mem::take(&mut self.waiters) {
+            self.wake(x);
+        }
+    }
+
+    /// Looks again as soon as whoever woke it is done.
+    fn wake(&mut self, x: usize) {
+        if let State::Waiting { .. } = self.exchanges[x].state {
+            self.due_at(x, self.now);
+        }
+    }
+
+    fn end(&mut self, x: usize, how: &'static str) {
+        self.note(|| format!("x{x}: {how}"));
+        self.rules.count(how);
+        let twice = matches!(self.exchanges[x].state, State::Ended);
+        self.rules.require(!twice, "every exchange ends exactly once", || format!("x{x}: {how}"));
+        let exchange = &mut self.exchanges[x];
+        exchange.state = State::Ended;
+        exchange.epoch += 1;
+        self.ended += 1;
+        // Attempts up to the first token, connections and the waiting for backends all have clocks.
+        let clocks = &self.plan.policies.clocks;
+        let attempts = exchange.history.attempts() + 1;
+        let most = (clocks.first_token + clocks.connect + clocks.stream) * attempts
+            + self.plan.policies.retry.wait_max;
+        let took = self.now.since(exchange.began);
+        self.rules
+            .require(took <= most, "no exchange waits beyond its clocks", || format!("x{x} took {took:?}"));
+    }
+}
+
+fn end_of(nobody: Nobody) -> &'static str {
+    match nobody {
+        Nobody::Busy(_) => "nobody: busy",
+        Nobody::Down => "nobody: down",
+        Nobody::AllTried => "nobody: all tried",
+    }
+}
+
+fn next_name(next: Next) -> &'static str {
+    match next {
+        Next::GiveUp(
+            Reason::Attempts | Reason::Budget | Reason::NotReplayable | Reason::Client | Reason::Time,
+        ) => "gave up",
+        Next::Relay | Next::RelayAsRequestFault => "relayed as it is",
+        Next::Failover | Next::Again => "went on",
+    }
+}
