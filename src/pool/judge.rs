@@ -175,7 +175,7 @@ impl Pool {
         self.settle(now);
         self.members.iter().for_each(|member| member.backend.forget_cap(now));
         self.state.count_finished(now);
-        self.state.look();
+        self.state.tick_lines(now);
         self.state.turn_peak(now);
         self.state.publish_budget(&self.config.retry, now);
         for class in Class::all() {
