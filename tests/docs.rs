@@ -83,7 +83,7 @@ fn every_error_code_is_documented() {
         ERRORS,
         5,
     );
-    let exchange = source("src/proxy/exchange.rs");
+    let exchange = source("src/proxy/exchange.rs") + &source("src/proxy/exchange/turn.rs");
     assert_documented(&literals_after(&exchange, "enough:"), ERRORS, 2);
     let api = source("src/admin/api.rs");
     let of_admin: BTreeSet<String> = api
@@ -102,6 +102,7 @@ fn every_documented_error_code_exists() {
     let files = [
         "src/proxy/respond.rs",
         "src/proxy/exchange.rs",
+        "src/proxy/exchange/turn.rs",
         "src/server/answer.rs",
         "src/admin/api.rs",
         "src/admin/access.rs",

@@ -78,20 +78,36 @@ fn reference_names_every_key() {
 
 #[test]
 fn examples_in_the_reference_are_right_too() {
-    let mut in_balance = false; // its examples need another strategy than the default
+    let mut by_choice = false; // these have examples that need another strategy, or kind, than the default
     let text: Vec<&str> = REFERENCE
         .lines()
         .map(|line| {
             let bare = line.strip_prefix('#').filter(|rest| !rest.is_empty() && !rest.starts_with(' '));
             if line.starts_with('[') {
-                in_balance = line == "[pool.balance]";
+                by_choice = matches!(line, "[pool.balance]" | "[pool.probe]");
             }
-            bare.filter(|bare| !in_balance && !bare.starts_with("token")).unwrap_or(line)
+            bare.filter(|bare| !by_choice && !bare.starts_with("token")).unwrap_or(line)
         })
         .collect();
     let config = read(&text.join("\n"));
     assert_eq!(config.routes.len(), 1);
     assert!(config.pools[0].tls.client.is_some());
+}
+
+#[test]
+fn examples_of_probes_in_the_reference_are_right_for_their_kind() {
+    let examples = |keys: &[&str]| {
+        let table = REFERENCE.split("[pool.probe]").nth(1).unwrap().split("\n[").next().unwrap();
+        let examples = table.lines().filter_map(|line| line.strip_prefix('#'));
+        let chosen = examples.filter(|line| keys.iter().any(|key| line.starts_with(&format!("{key} = "))));
+        let chosen: Vec<&str> = chosen.collect();
+        assert_eq!(chosen.len(), keys.len(), "{chosen:?}");
+        format!("[[pool]]\nbackends = [\"http://10.0.0.1:8000\"]\n[pool.probe]\n{}\n", chosen.join("\n"))
+    };
+    read(&examples(&["preset", "body"]));
+    let asks = ["preset", "endpoint", "model", "prompt", "deadline"];
+    read(&(examples(&asks) + "kind = \"generate\""));
+    read(&(examples(&[&asks[..], &["expect"]].concat()) + "kind = \"canary\""));
 }
 
 #[test]

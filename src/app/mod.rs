@@ -133,6 +133,7 @@ impl Control {
     async fn run(self) {
         let draining = || self.drain.watch();
         tokio::spawn(probe::run(self.directory.clone(), draining()));
+        tokio::spawn(probe::read_loads(self.directory.clone(), draining()));
         tokio::spawn(probe::keep_time(self.directory.clone(), draining()));
         let resolver = Arc::new(Resolver::system());
         tokio::spawn(discover::run(self.directory.clone(), resolver, draining()));

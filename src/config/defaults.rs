@@ -11,8 +11,8 @@ use http::uri::PathAndQuery;
 
 use super::memory::memory_default;
 use super::{
-    AccessLogTarget, Admin, BackendClocks, ClientClocks, Limits, Listener, LogFormat, Probe, ProbeKind,
-    Telemetry,
+    AccessLogTarget, Admin, BackendClocks, ClientClocks, Generate, HealthPage, Limits, Listener, Load,
+    LogFormat, Probe, ProbeKind, Scrape, Telemetry,
 };
 
 /// Longer than most streams need to end, shorter than the 30 s + slack orchestrators wait before SIGKILL.
@@ -43,18 +43,47 @@ impl Default for Admin {
     }
 }
 
+/// Of kind `http`.
 impl Default for Probe {
     fn default() -> Self {
         Self {
-            kind: ProbeKind::Http {
-                path: PathAndQuery::from_static("/health"),
-                statuses: Vec::new(),
-                body: None,
-            },
+            kind: ProbeKind::Http,
+            page: HealthPage::default(),
             interval: Duration::from_secs(5),
             interval_unsteady: Duration::from_secs(1),
             timeout: Duration::from_secs(1),
         }
+    }
+}
+
+/// Of kinds `generate` and `canary`: it costs a prefill and waits in the engine's queue.
+pub(super) const GENERATE_INTERVAL: Duration = Duration::from_secs(30);
+/// A backend on its way back is worth a token every other second.
+pub(super) const GENERATE_INTERVAL_UNSTEADY: Duration = Duration::from_secs(2);
+
+/// The page most engines have.
+impl Default for HealthPage {
+    fn default() -> Self {
+        Self { preset: None, path: PathAndQuery::from_static("/health"), statuses: Vec::new(), body: None }
+    }
+}
+
+impl Default for Generate {
+    fn default() -> Self {
+        Self {
+            endpoint: "/v1/chat/completions".to_owned(),
+            model: None,
+            prompt: "Hi".to_owned(),
+            expect: None,
+            // A token behind a long prefill; one that takes longer is no use to a client either.
+            deadline: Duration::from_secs(10),
+        }
+    }
+}
+
+impl Default for Load {
+    fn default() -> Self {
+        Self { scrape: Scrape::Off, interval: Duration::from_secs(1) }
     }
 }
 

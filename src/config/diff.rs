@@ -283,12 +283,15 @@ fn one_pool(changes: &mut Vec<Change>, old: &Pool, new: &Pool) {
         balance,
         health,
         probe,
+        load,
         progress,
         outlier,
         retry,
+        queue,
         clocks,
         tls,
         http,
+        fallbacks,
     } = new;
     let keys = named([
         ("models", old.models != *models),
@@ -296,12 +299,15 @@ fn one_pool(changes: &mut Vec<Change>, old: &Pool, new: &Pool) {
         ("balance", old.balance != *balance),
         ("health", old.health != *health),
         ("probe", old.probe != *probe),
+        ("load", old.load != *load),
         ("progress", old.progress != *progress),
         ("outlier", old.outlier != *outlier),
         ("retry", old.retry != *retry),
+        ("queue", old.queue != *queue),
         ("clocks", old.clocks != *clocks),
         ("tls", old.tls != *tls),
         ("http", old.http != *http),
+        ("fallback", old.fallbacks != *fallbacks),
     ]);
     if !keys.is_empty() {
         changes.push(Change::PoolChanged { pool: name.clone(), keys });
@@ -432,6 +438,11 @@ path_prefix = "/b"
                 "name = \"b\"",
                 "name = \"b\"\nhttp = \"1\"\nmodels = [\"m\"]",
                 &["pool b changed: models, http"],
+            ),
+            (
+                "[[route]]",
+                "[[pool.fallback]]\npool = \"a\"\non = [\"busy\"]\n[[route]]",
+                &["pool b changed: fallback"],
             ),
             ("path_prefix = \"/b\"", "path_prefix = \"/c\"", &["routes changed (1 -> 1)"]),
             (

@@ -10,10 +10,13 @@ use std::time::Duration;
 use super::units::{format_duration, format_size};
 use super::validate::has_secret_name;
 use super::{
-    AccessLogTarget, Admin, Backend, BackendClocks, ClientClocks, Config, Limits, Listener, ListenerTls,
-    LogFormat, Pool, Probe, ProbeKind, Telemetry, UpstreamHttp, UpstreamTls,
+    AccessLogTarget, Admin, Backend, BackendClocks, ClientClocks, Config, Generate, HealthPage, Limits,
+    Listener, ListenerTls, Load, LogFormat, Pool, Probe, ProbeKind, Scrape, Telemetry, UpstreamHttp,
+    UpstreamTls,
 };
+use crate::policy::admission::{LengthMax, QueuePolicy};
 use crate::policy::balance::{AffinityKey, BalancePolicy};
+use crate::policy::fallback::Fallback;
 use crate::policy::health::HealthPolicy;
 use crate::policy::outlier::OutlierPolicy;
 use crate::policy::progress::ProgressPolicy;
@@ -203,12 +206,15 @@ fn pool(out: &mut Writer, pool: &Pool) {
         balance,
         health,
         probe,
+        load,
         progress,
         outlier,
         retry,
+        queue,
         clocks,
         tls,
         http,
+        fallbacks,
     } = pool;
     out.table("[[pool]]");
     out.string("name", name);
@@ -224,11 +230,14 @@ fn pool(out: &mut Writer, pool: &Pool) {
     balance_table(out, balance);
     health_table(out, health);
     probe_table(out, probe);
+    load_table(out, load);
     progress_table(out, progress);
     outlier_table(out, outlier);
     retry_table(out, retry);
+    queue_table(out, queue);
     clocks_table(out, clocks);
     tls_table(out, tls);
+    fallbacks.iter().for_each(|each| fallback(out, each));
 }
 
 fn backend(out: &mut Writer, backend: &Backend) {
@@ -323,23 +332,60 @@ fn health_table(out: &mut Writer, health: &HealthPolicy) {
 }
 
 fn probe_table(out: &mut Writer, probe: &Probe) {
-    let Probe { kind, interval, interval_unsteady, timeout } = probe;
+    let Probe { kind, page, interval, interval_unsteady, timeout } = probe;
     out.table("[pool.probe]");
+    let kind_name = match kind {
+        ProbeKind::Http => "http",
+        ProbeKind::Generate(Generate { expect: None, .. }) => "generate",
+        ProbeKind::Generate(Generate { expect: Some(_), .. }) => "canary",
+        ProbeKind::Tcp => "tcp",
+        ProbeKind::Off => "off",
+    };
+    out.string("kind", kind_name);
     match kind {
-        ProbeKind::Http { path, statuses, body } => {
-            out.string("kind", "http");
-            out.string("path", path.as_str());
-            out.list("statuses", statuses.iter().map(u16::to_string));
+        ProbeKind::Http => {
+            let HealthPage { preset, path, statuses, body } = page;
+            match preset {
+                Some(engine) => out.string("preset", engine.name()),
+                None => {
+                    out.string("path", path.as_str());
+                    out.list("statuses", statuses.iter().map(u16::to_string));
+                }
+            }
             if let Some(body) = body {
                 out.string("body", body);
             }
         }
-        ProbeKind::Tcp => out.string("kind", "tcp"),
-        ProbeKind::Off => out.string("kind", "off"),
+        ProbeKind::Generate(Generate { endpoint, model, prompt, expect, deadline }) => {
+            if let Some(engine) = page.preset {
+                out.string("preset", engine.name());
+            }
+            out.string("endpoint", endpoint);
+            if let Some(model) = model {
+                out.string("model", model);
+            }
+            out.string("prompt", prompt);
+            if let Some(text) = expect {
+                out.string("expect", text);
+            }
+            out.duration("deadline", *deadline);
+        }
+        ProbeKind::Tcp | ProbeKind::Off => {}
     }
     out.duration("interval", *interval);
     out.duration("interval_unsteady", *interval_unsteady);
     out.duration("timeout", *timeout);
+}
+
+fn load_table(out: &mut Writer, load: &Load) {
+    let Load { scrape, interval } = load;
+    out.table("[pool.load]");
+    match scrape {
+        Scrape::Off => out.string("scrape", "off"),
+        Scrape::Auto => out.string("scrape", "auto"),
+        Scrape::Path(path) => out.string("scrape", path.as_str()),
+    }
+    out.duration("interval", *interval);
 }
 
 fn progress_table(out: &mut Writer, progress: &ProgressPolicy) {
@@ -406,6 +452,17 @@ fn retry_table(out: &mut Writer, retry: &RetryPolicy) {
     out.string("replay", replay_name(replay));
 }
 
+fn queue_table(out: &mut Writer, queue: &QueuePolicy) {
+    let QueuePolicy { wait_max, length_max, priority_header } = queue;
+    out.table("[pool.queue]");
+    out.duration("wait_max", *wait_max);
+    match length_max {
+        LengthMax::Auto => out.string("length_max", "auto"),
+        LengthMax::Most(most) => out.plain("length_max", most),
+    }
+    out.string("priority_header", priority_header.as_str());
+}
+
 fn clocks_table(out: &mut Writer, clocks: &BackendClocks) {
     let BackendClocks {
         connect,
@@ -460,8 +517,18 @@ fn tls_table(out: &mut Writer, tls: &UpstreamTls) {
     }
 }
 
+fn fallback(out: &mut Writer, fallback: &Fallback) {
+    let Fallback { pool, on, model } = fallback;
+    out.table("[[pool.fallback]]");
+    out.string("pool", pool);
+    out.list("on", on.iter().map(|cause| quoted(cause.name())));
+    if let Some(model) = model {
+        out.string("model", model);
+    }
+}
+
 fn route(out: &mut Writer, route: &Route) {
-    let Route { pool, path_prefix, host, headers, models, replay, total } = route;
+    let Route { pool, path_prefix, host, headers, models, replay, total, priority } = route;
     out.table("[[route]]");
     out.string("pool", pool);
     if let Some(prefix) = path_prefix {
@@ -483,5 +550,8 @@ fn route(out: &mut Writer, route: &Route) {
     }
     if let Some(total) = total {
         out.duration("total", *total);
+    }
+    if let Some(priority) = priority {
+        out.string("priority", priority.name());
     }
 }

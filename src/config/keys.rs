@@ -32,7 +32,7 @@ pub(super) const POOL: Section = Section {
     path: "pool",
     keys: &[
         "name", "backends", "models", "aliases", "http", "balance", "health", "probe", "progress", "outlier",
-        "retry", "clocks", "tls",
+        "retry", "queue", "clocks", "load", "tls", "fallback",
     ],
 };
 pub(super) const BACKEND: Section = Section {
@@ -65,8 +65,23 @@ pub(super) const HEALTH: Section = Section {
 };
 pub(super) const PROBE: Section = Section {
     path: "pool.probe",
-    keys: &["kind", "path", "statuses", "body", "interval", "interval_unsteady", "timeout"],
+    keys: &[
+        "kind",
+        "preset",
+        "path",
+        "statuses",
+        "body",
+        "endpoint",
+        "model",
+        "prompt",
+        "expect",
+        "interval",
+        "interval_unsteady",
+        "timeout",
+        "deadline",
+    ],
 };
+pub(super) const LOAD: Section = Section { path: "pool.load", keys: &["scrape", "interval"] };
 pub(super) const PROGRESS: Section = Section {
     path: "pool.progress",
     keys: &[
@@ -104,6 +119,8 @@ pub(super) const RETRY: Section = Section {
         "replay",
     ],
 };
+pub(super) const QUEUE: Section =
+    Section { path: "pool.queue", keys: &["wait_max", "length_max", "priority_header"] };
 pub(super) const CLOCKS: Section = Section {
     path: "pool.clocks",
     keys: &[
@@ -125,8 +142,11 @@ pub(super) const CLOCKS: Section = Section {
 };
 pub(super) const UPSTREAM_TLS: Section =
     Section { path: "pool.tls", keys: &["ca", "client_certificate", "client_key", "server_name"] };
-pub(super) const ROUTE: Section =
-    Section { path: "route", keys: &["pool", "path_prefix", "host", "headers", "models", "replay", "total"] };
+pub(super) const FALLBACK: Section = Section { path: "pool.fallback", keys: &["pool", "on", "model"] };
+pub(super) const ROUTE: Section = Section {
+    path: "route",
+    keys: &["pool", "path_prefix", "host", "headers", "models", "replay", "total", "priority"],
+};
 pub(super) const LIMITS: Section = Section {
     path: "limits",
     keys: &[
@@ -157,11 +177,14 @@ const SECTIONS: &[&Section] = &[
     &BALANCE,
     &HEALTH,
     &PROBE,
+    &LOAD,
     &PROGRESS,
     &OUTLIER,
     &RETRY,
+    &QUEUE,
     &CLOCKS,
     &UPSTREAM_TLS,
+    &FALLBACK,
     &ROUTE,
     &LIMITS,
     &CLIENT,
@@ -174,7 +197,9 @@ const SYNONYMS: &[(&str, &str)] = &[
     ("cert", "certificate"),
     ("clusters", "pool"),
     ("drain_timeout", "drain_deadline"),
+    ("dialect", "preset"),
     ("endpoints", "backends"),
+    ("engine", "preset"),
     ("hosts", "backends"),
     ("in_flight", "in_flight_max"),
     ("level", "log_level"),
@@ -186,6 +211,7 @@ const SYNONYMS: &[(&str, &str)] = &[
     ("max_retries", "attempts_max"),
     ("members", "backends"),
     ("model", "models"),
+    ("max_queue", "length_max"),
     ("prefix", "path_prefix"),
     ("priority", "tier"),
     ("retries", "attempts_max"),

@@ -35,7 +35,10 @@ use http::uri::{Authority, PathAndQuery};
 use http::{HeaderName, HeaderValue};
 use ipnet::IpNet;
 
+use crate::policy::admission::QueuePolicy;
 use crate::policy::balance::BalancePolicy;
+use crate::policy::dialect::Engine;
+use crate::policy::fallback::Fallback;
 use crate::policy::health::HealthPolicy;
 use crate::policy::outlier::OutlierPolicy;
 use crate::policy::progress::ProgressPolicy;
@@ -117,18 +120,24 @@ pub struct Pool {
     pub health: HealthPolicy,
     /// Active checks.
     pub probe: Probe,
+    /// What backends say of their own load.
+    pub load: Load,
     /// When silence is suspicious, and how much of it may be hedged.
     pub progress: ProgressPolicy,
     /// When a backend is slower than its peers.
     pub outlier: OutlierPolicy,
     /// What may be sent again, how often.
     pub retry: RetryPolicy,
+    /// How exchanges wait for a free slot.
+    pub queue: QueuePolicy,
     /// Clocks of the backend side.
     pub clocks: BackendClocks,
     /// Private roots, client certificate, server name for `https` backends.
     pub tls: UpstreamTls,
     /// Which HTTP version the backends are spoken to in.
     pub http: UpstreamHttp,
+    /// Other pools that may take its requests, in order. Default none.
+    pub fallbacks: Vec<Fallback>,
 }
 
 /// One member of a pool: one address serving one replica.
@@ -161,30 +170,78 @@ pub struct Backend {
 pub struct Probe {
     /// What is asked.
     pub kind: ProbeKind,
-    /// Default 5 s, ±20 % jitter.
+    /// The page that tells the health: what `Http` asks, and, under `Generate`, a probe on demand, which has no time
+    /// for a token.
+    pub page: HealthPage,
+    /// Default 5 s, 30 s for `Generate`, ±20 % jitter.
     pub interval: Duration,
-    /// While in transition, and for the first minute of being unhealthy. Default 1 s.
+    /// While in transition, and for the first minute of being unhealthy. Default 1 s, 2 s for `Generate`.
     pub interval_unsteady: Duration,
-    /// Default 1 s.
+    /// For one answer of the page. Default 1 s.
     pub timeout: Duration,
 }
 
 /// The kinds of probe.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ProbeKind {
-    /// `GET path`; passes on the listed statuses.
-    Http {
-        /// Default `/health`.
-        path: PathAndQuery,
-        /// Statuses that pass; empty: any below 500, a 404 being a weak pass.
-        statuses: Vec<u16>,
-        /// Text the body must contain.
-        body: Option<String>,
-    },
+    /// The health page.
+    Http,
+    /// A token, or a text: asked as a client would.
+    Generate(Generate),
     /// A connection stands.
     Tcp,
     /// No probes: traffic alone judges.
     Off,
+}
+
+/// Where a backend tells its health, and what passes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HealthPage {
+    /// The engine by whose documentation path and statuses were chosen. Default none: both are a guess, or written.
+    pub preset: Option<Engine>,
+    /// Default `/health`, or the engine's.
+    pub path: PathAndQuery,
+    /// Statuses that pass, without a preset; empty: any below 500, a 404 being a weak pass.
+    pub statuses: Vec<u16>,
+    /// Text the body must contain.
+    pub body: Option<String>,
+}
+
+/// A probe that wants something generated.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Generate {
+    /// Path, and by it the dialect; `{model}` stands for the model. Default by preset, else `/v1/chat/completions`.
+    pub endpoint: String,
+    /// Default: the pool's first configured or listed.
+    pub model: Option<String>,
+    /// Default a word.
+    pub prompt: String,
+    /// The text a greedy answer must begin with; none: one token of any kind will do.
+    pub expect: Option<String>,
+    /// For the whole answer. Default 10 s.
+    pub deadline: Duration,
+}
+
+/// What backends say of their own load.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Load {
+    /// Where it is read. Default nowhere.
+    pub scrape: Scrape,
+    /// Between two readings. Default 1 s.
+    pub interval: Duration,
+}
+
+/// Where a backend's load is read.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Scrape {
+    /// Nowhere. The default: requests of our own are counted here, exactly and at once; reading a page each second
+    /// costs an engine more than it tells, unless others send it work too.
+    #[default]
+    Off,
+    /// `/metrics`; seldom where that says nothing of an engine's.
+    Auto,
+    /// This page.
+    Path(PathAndQuery),
 }
 
 /// Clocks of one attempt. See docs/configuration.md for what each expiry does.

@@ -6,6 +6,7 @@ use proptest::prelude::*;
 
 use super::{AccessLogTarget, Config, ProbeKind, from_flags, parse};
 use crate::policy::balance::{AffinityKey, BalancePolicy};
+use crate::policy::fallback::FallbackCause;
 use crate::policy::retry::RetryPolicy;
 
 const MINIMAL: &str = include_str!("../../config/minimal.toml");
@@ -52,6 +53,18 @@ fn three_tables_are_a_whole_configuration() {
     assert_eq!(config.pools[0].retry, RetryPolicy::default());
     assert!(config.pools[0].health.probes);
     assert!(config.routes.is_empty());
+}
+
+#[test]
+fn fallbacks_read_back_as_they_were_written() {
+    let text = "[[pool]]\nname = \"a\"\nbackends = [\"http://a:1\"]\n[[pool.fallback]]\npool = \"b\"\n\
+        on = [\"context_length\", \"slow\"]\nmodel = \"large\"\n[[pool.fallback]]\npool = \"b\"\non = [\"busy\"]\n\
+        [[pool]]\nname = \"b\"\nbackends = [\"http://b:1\"]";
+    let config = read(text);
+    let [first, second] = &config.pools[0].fallbacks[..] else { panic!("{:?}", config.pools[0].fallbacks) };
+    assert_eq!(first.on, [FallbackCause::ContextLength, FallbackCause::Slow]);
+    assert_eq!((first.model.as_deref(), second.model.as_deref()), (Some("large"), None));
+    assert_eq!(read(&config.effective_toml()), config);
 }
 
 #[test]
@@ -105,6 +118,22 @@ fn each_mistake_has_its_own_words() {
         (
             "[[pool]]\nbackends = \"http://a:1\"",
             r#":2: pool[0].backends: is not a list ("http://a:1"); write ["http://a:1"]"#,
+        ),
+        (
+            "[[pool]]\nbackends = [\"http://a:1\"]\n[[pool.fallback]]\npool = \"default\"\non = [\"busy\"]",
+            r#":4: pool[0].fallback[0].pool: is the pool itself ("default"); write another pool, or leave the entry out"#,
+        ),
+        (
+            "[[pool]]\nname = \"a\"\nbackends = [\"http://a:1\"]\n[[pool.fallback]]\npool = \"bb\"\non = [\"busy\"]\n[[pool]]\nname = \"b\"\nbackends = [\"http://b:1\"]",
+            r#":5: pool[0].fallback[0].pool: no such pool ("bb"); did you mean "b""#,
+        ),
+        (
+            "[[pool]]\nname = \"a\"\nbackends = [\"http://a:1\"]\nfallback = [{ pool = \"b\", on = [] }]\n[[pool]]\nname = \"b\"\nbackends = [\"http://b:1\"]",
+            r#":4: pool[0].fallback[0].on: names no cause; write on = ["unavailable", "busy"]"#,
+        ),
+        (
+            "[[pool]]\nname = \"a\"\nbackends = [\"http://a:1\"]\nfallback = [{ pool = \"b\", on = [\"bussy\"] }]\n[[pool]]\nname = \"b\"\nbackends = [\"http://b:1\"]",
+            r#":4: pool[0].fallback[0].on[0]: is not one of the choices ("bussy"); did you mean "busy""#,
         ),
         (
             "[[pool]]\nbackends = [\"a:1\"]",
@@ -253,6 +282,39 @@ fn each_mistake_has_its_own_words() {
         (
             "probe = { kind = \"tcp\", path = \"/x\" }",
             r#":3: pool[0].probe.path: is for kind = "http" ("/x"); leave it out or write kind = "http""#,
+        ),
+        (
+            "probe = { preset = \"vllm\", path = \"/x\" }",
+            r#":3: pool[0].probe.path: stands beside preset, which chooses it ("/x"); leave one of them out"#,
+        ),
+        ("probe = { engine = \"vllm\" }", ":3: pool[0].probe.engine: unknown key; did you mean preset"),
+        (
+            "probe = { preset = \"vlm\" }",
+            r#":3: pool[0].probe.preset: is not one of the choices ("vlm"); did you mean "vllm""#,
+        ),
+        (
+            "probe = { kind = \"tcp\", preset = \"vllm\" }",
+            r#":3: pool[0].probe.preset: is for kind = "http", "generate" or "canary" ("vllm"); leave it out or write kind = "http", "generate" or "canary""#,
+        ),
+        (
+            "probe = { expect = \"4\" }",
+            r#":3: pool[0].probe.expect: is for kind = "canary" ("4"); leave it out or write kind = "canary""#,
+        ),
+        (
+            "probe = { kind = \"canary\", prompt = \"2+2=\" }",
+            ":3: pool[0].probe.expect: is missing; write the text that the answer to prompt begins with",
+        ),
+        (
+            "probe = { kind = \"generate\", endpoint = \"/v1/embeddings\" }",
+            r#":3: pool[0].probe.endpoint: is not a path where text is asked for ("/v1/embeddings"); write one such as "/v1/completions", "/v2/models/{model}/generate" or "/api/generate""#,
+        ),
+        (
+            "load = { scrape = \"of\" }",
+            r#":3: pool[0].load.scrape: is not a page ("of"); did you mean "off", or a path such as "/metrics""#,
+        ),
+        (
+            "load = { interval = \"5s\" }",
+            r#":3: pool[0].load.interval: is out of range ("5s"); write a value from 100ms to 1500ms"#,
         ),
         (
             "probe = { path = \"health\" }",
@@ -485,7 +547,7 @@ fn configurations() -> impl Strategy<Value = String> {
     let top = (0..9_u64, proptest::option::of(0..100_000_u64), proptest::option::of(1..100_u64));
     let pool = (
         0..5_usize,
-        0..4_usize,
+        0..7_usize,
         proptest::option::of(1..1000_u32),
         proptest::option::of((0..=1000_u32).prop_map(|n| f64::from(n) / 1000.0)),
         proptest::option::of(1..5_000_000_u64),
@@ -517,11 +579,20 @@ fn configurations() -> impl Strategy<Value = String> {
             if let Some(bytes) = bytes.filter(|bytes| strategy == "consistent_hash" && *bytes <= 1 << 20) {
                 let _ = writeln!(text, "prompt_bytes = \"{bytes}B\"");
             }
-            let kind = ["http", "tcp", "off", "http"][probe];
+            let kind = ["http", "tcp", "off", "http", "generate", "canary", "http"][probe];
             let _ = writeln!(text, "[pool.probe]\nkind = \"{kind}\"");
             if probe == 3 {
                 let _ = writeln!(text, "statuses = [200, 204]\nbody = {model}");
             }
+            if probe >= 4 {
+                let preset = ["vllm", "triton", "ollama"][probe - 4];
+                let _ = writeln!(text, "preset = \"{preset}\"");
+            }
+            if probe == 5 {
+                let _ = writeln!(text, "prompt = {model}\nexpect = {model}\ndeadline = \"5s\"");
+            }
+            let scrape = ["off", "auto", "/x?y"][probe % 3];
+            let _ = writeln!(text, "[pool.load]\nscrape = \"{scrape}\"");
             if let Some(ratio) = ratio {
                 let _ = writeln!(
                     text,

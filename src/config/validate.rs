@@ -18,10 +18,14 @@ use super::defaults;
 use super::file::{Item, Table, Text};
 use super::keys;
 use super::{
-    AccessLogTarget, Admin, Backend, BackendClocks, ClientClocks, Config, Limits, Listener, ListenerTls,
-    LogFormat, Pool, Probe, ProbeKind, Secret, Telemetry, UpstreamHttp, UpstreamTls,
+    AccessLogTarget, Admin, Backend, BackendClocks, ClientClocks, Config, Generate, HealthPage, Limits,
+    Listener, ListenerTls, Load, LogFormat, Pool, Probe, ProbeKind, Scrape, Secret, Telemetry, UpstreamHttp,
+    UpstreamTls,
 };
+use crate::policy::admission::{LengthMax, Priority, QueuePolicy};
 use crate::policy::balance::{AffinityKey, BalancePolicy};
+use crate::policy::dialect::{Endpoint, Engine, Question};
+use crate::policy::fallback::{FALLBACKS_MAX, Fallback, FallbackCause};
 use crate::policy::health::HealthPolicy;
 use crate::policy::outlier::OutlierPolicy;
 use crate::policy::progress::ProgressPolicy;
@@ -39,9 +43,17 @@ const MAY_BE_ZERO: std::ops::RangeInclusive<Duration> = Duration::ZERO..=DURATIO
 const PROBE_INTERVAL: std::ops::RangeInclusive<Duration> =
     Duration::from_millis(50)..=Duration::from_secs(3600);
 
+/// Readings of a load slower than this would leave gaps, for an old one is not believed; faster ones cost the engine.
+const LOAD_INTERVAL: std::ops::RangeInclusive<Duration> =
+    Duration::from_millis(100)..=Duration::from_millis(1500);
+/// Longest text a canary is expected to say. It is asked for so many tokens, for none is shorter than a byte.
+const EXPECT_BYTES_MAX: usize = 128;
+
 /// More threads than any machine has cores is a typing mistake.
 const WORKERS_MAX: u64 = 1024;
 const WEIGHT_MAX: u64 = 1000;
+/// More waiting requests than this are a memory bound, and that is `limits.memory_max`.
+const QUEUE_LENGTH_MAX: u64 = 1_000_000;
 /// Names become metric labels, log fields and parts of admin paths.
 const NAME_CHARS_MAX: usize = 128;
 
@@ -72,6 +84,9 @@ const NOT_SETTABLE: &[&str] = &[
 
 const REPLAY: &[(&str, Replay)] =
     &[("auto", Replay::Auto), ("always", Replay::Always), ("safe", Replay::Safe), ("never", Replay::Never)];
+
+const PRIORITY: &[(&str, Priority)] =
+    &[("high", Priority::High), ("normal", Priority::Normal), ("low", Priority::Low)];
 
 /// The whole file. What it returns is only a configuration when `document` has no errors.
 pub(super) fn config(root: &Table<'_>) -> Config {
@@ -225,6 +240,10 @@ fn pools(root: &Table<'_>, listeners: &[Listener]) -> Vec<Pool> {
         pools.push(pool(table, given.unwrap_or(stand_in), listeners));
         table.refuse_unknown_keys();
     }
+    let names: Vec<String> = pools.iter().map(|pool| pool.name.clone()).collect();
+    for (table, pool) in tables.iter().zip(&mut pools) {
+        pool.fallbacks = fallbacks(table, &pool.name, &names);
+    }
     pools
 }
 
@@ -238,9 +257,11 @@ fn pool(table: &Table<'_>, name: String, listeners: &[Listener]) -> Pool {
         balance: balance(&table.table("balance", &keys::BALANCE)),
         health: health(&table.table("health", &keys::HEALTH), probe.kind != ProbeKind::Off),
         probe,
+        load: load(&table.table("load", &keys::LOAD)),
         progress: progress(&table.table("progress", &keys::PROGRESS)),
         outlier: outlier(&table.table("outlier", &keys::OUTLIER)),
         retry: retry(&table.table("retry", &keys::RETRY)),
+        queue: queue(&table.table("queue", &keys::QUEUE)),
         clocks: backend_clocks(&table.table("clocks", &keys::CLOCKS)),
         tls: upstream_tls(&table.table("tls", &keys::UPSTREAM_TLS)),
         http: table.choice(
@@ -248,7 +269,69 @@ fn pool(table: &Table<'_>, name: String, listeners: &[Listener]) -> Pool {
             UpstreamHttp::default(),
             &[("auto", UpstreamHttp::Auto), ("1", UpstreamHttp::Http1), ("2", UpstreamHttp::Http2)],
         ),
+        // They name pools that are read later.
+        fallbacks: Vec::new(),
     }
+}
+
+/// Where else the requests of the pool `own` may go. `pools` are the names of all.
+fn fallbacks(pool: &Table<'_>, own: &str, pools: &[String]) -> Vec<Fallback> {
+    let Some(tables) = pool.tables("fallback", &keys::FALLBACK) else { return Vec::new() };
+    let others: Vec<&str> = pools.iter().map(String::as_str).filter(|name| *name != own).collect();
+    if tables.len() > FALLBACKS_MAX {
+        pool.error_at("fallback", "has too many entries", format!("write at most {FALLBACKS_MAX}"));
+    }
+    let mut fallbacks: Vec<Fallback> = Vec::with_capacity(tables.len());
+    for table in &tables {
+        let item = table.item("pool");
+        if item.is_none() {
+            table.missing("pool", keys::one_of("", &others));
+        }
+        let name = item.as_ref().and_then(Item::string);
+        match (&item, &name) {
+            (Some(item), Some(name)) if name == own => {
+                item.error("is the pool itself", "write another pool, or leave the entry out");
+            }
+            (Some(item), Some(name)) if !others.contains(&name.as_str()) => {
+                item.error("no such pool", keys::one_of(name, &others));
+            }
+            _ => {}
+        }
+        let fallback = Fallback {
+            pool: name.unwrap_or_default(),
+            on: fallback_causes(table),
+            model: table.item("model").and_then(|item| item.string()),
+        };
+        if let Some(first) =
+            fallbacks.iter().position(|other| other.pool == fallback.pool && other.model == fallback.model)
+        {
+            table.error(format!("asks what fallback[{first}] asks"), "list each pool and model once");
+        }
+        table.refuse_unknown_keys();
+        fallbacks.push(fallback);
+    }
+    fallbacks
+}
+
+fn fallback_causes(table: &Table<'_>) -> Vec<FallbackCause> {
+    let choices = FallbackCause::ALL.map(|cause| (cause.name(), cause));
+    let Some(item) = table.item("on") else {
+        table.missing("on", "write on = [\"unavailable\", \"busy\"]");
+        return Vec::new();
+    };
+    let Some(items) = item.list() else { return Vec::new() };
+    if items.is_empty() {
+        item.error_without_value("names no cause", "write on = [\"unavailable\", \"busy\"]");
+    }
+    let mut causes = Vec::with_capacity(items.len());
+    for item in &items {
+        let Some(cause) = item.choice(&choices) else { continue };
+        if causes.contains(&cause) {
+            item.error("is listed twice", "list each cause once");
+        }
+        causes.push(cause);
+    }
+    causes
 }
 
 fn name(item: &Item<'_>) -> Option<String> {
@@ -584,41 +667,135 @@ fn health(table: &Table<'_>, probes: bool) -> HealthPolicy {
 #[derive(Clone, Copy, PartialEq)]
 enum Kind {
     Http,
+    Generate,
+    Canary,
     Tcp,
     Off,
 }
 
 fn probe(table: &Table<'_>) -> Probe {
+    const KINDS: &[(&str, Kind)] = &[
+        ("http", Kind::Http),
+        ("generate", Kind::Generate),
+        ("canary", Kind::Canary),
+        ("tcp", Kind::Tcp),
+        ("off", Kind::Off),
+    ];
     let default = Probe::default();
-    let kind =
-        table.choice("kind", Kind::Http, &[("http", Kind::Http), ("tcp", Kind::Tcp), ("off", Kind::Off)]);
-    let path = table.item("path");
-    let statuses = table.item("statuses");
-    let body = table.item("body");
-    if kind != Kind::Http {
-        for item in [&path, &statuses, &body].into_iter().flatten() {
-            item.error("is for kind = \"http\"", "leave it out or write kind = \"http\"");
+    let kind = table.choice("kind", Kind::Http, KINDS);
+    let generates = matches!(kind, Kind::Generate | Kind::Canary);
+    let only_for = |keys: &[&'static str], is_for: bool, kinds: &str| {
+        for item in keys.iter().filter_map(|key| table.item(key)).filter(|_| !is_for) {
+            item.error(format!("is for kind = {kinds}"), format!("leave it out or write kind = {kinds}"));
         }
-    }
-    let kind = match (kind, default.kind) {
-        (Kind::Http, ProbeKind::Http { path: default_path, .. }) => ProbeKind::Http {
-            path: path.and_then(|item| probe_path(&item)).unwrap_or(default_path),
-            statuses: statuses.map(|item| statuses_of(&item)).unwrap_or_default(),
-            body: body.and_then(|item| item.string()),
-        },
-        (Kind::Tcp, _) => ProbeKind::Tcp,
-        (Kind::Off, _) => ProbeKind::Off,
-        (Kind::Http, other) => other,
+    };
+    only_for(&["path", "statuses", "body"], kind == Kind::Http, "\"http\"");
+    only_for(&["preset"], kind == Kind::Http || generates, "\"http\", \"generate\" or \"canary\"");
+    only_for(&["endpoint", "model", "prompt", "deadline"], generates, "\"generate\" or \"canary\"");
+    only_for(&["expect"], kind == Kind::Canary, "\"canary\"");
+    let page = health_page(table);
+    let (interval, interval_unsteady) = match generates {
+        true => (defaults::GENERATE_INTERVAL, defaults::GENERATE_INTERVAL_UNSTEADY),
+        false => (default.interval, default.interval_unsteady),
     };
     let probe = Probe {
-        kind,
-        interval: table.duration("interval", default.interval, PROBE_INTERVAL),
-        interval_unsteady: table.duration("interval_unsteady", default.interval_unsteady, PROBE_INTERVAL),
+        kind: match kind {
+            Kind::Http => ProbeKind::Http,
+            Kind::Generate | Kind::Canary => ProbeKind::Generate(generate(table, kind, page.preset)),
+            Kind::Tcp => ProbeKind::Tcp,
+            Kind::Off => ProbeKind::Off,
+        },
+        page,
+        interval: table.duration("interval", interval, PROBE_INTERVAL),
+        interval_unsteady: table.duration("interval_unsteady", interval_unsteady, PROBE_INTERVAL),
         timeout: table.duration("timeout", default.timeout, RUNNING),
     };
     not_longer(table, "interval_unsteady", probe.interval_unsteady, "interval", probe.interval);
     table.refuse_unknown_keys();
     probe
+}
+
+/// A preset chooses path and statuses; both at once could only contradict each other.
+fn health_page(table: &Table<'_>) -> HealthPage {
+    let engines: Vec<(&str, Engine)> = Engine::ALL.iter().map(|&engine| (engine.name(), engine)).collect();
+    let preset = table.item("preset").and_then(|item| item.choice(&engines));
+    let (path, statuses) = (table.item("path"), table.item("statuses"));
+    if preset.is_some() {
+        for item in [&path, &statuses].into_iter().flatten() {
+            item.error("stands beside preset, which chooses it", "leave one of them out");
+        }
+    }
+    let own = preset.map_or_else(HealthPage::default, |engine| HealthPage {
+        preset,
+        path: PathAndQuery::from_static(engine.health_path()),
+        ..HealthPage::default()
+    });
+    HealthPage {
+        path: path.and_then(|item| page_path(&item)).unwrap_or(own.path),
+        statuses: statuses.map(|item| statuses_of(&item)).unwrap_or_default(),
+        body: table.item("body").and_then(|item| item.string()),
+        preset,
+    }
+}
+
+fn generate(table: &Table<'_>, kind: Kind, preset: Option<Engine>) -> Generate {
+    let default = Generate::default();
+    let text = |key| table.item(key).and_then(|item| item.string().map(|text| (text, item)));
+    let endpoint = text("endpoint").map(|(path, item)| {
+        if !Question::can_ask(Endpoint::of(&http::Method::POST, &path)) {
+            item.error(
+                "is not a path where text is asked for",
+                "write one such as \"/v1/completions\", \"/v2/models/{model}/generate\" or \"/api/generate\"",
+            );
+        }
+        path
+    });
+    let expect = text("expect").map(|(expected, item)| {
+        if expected.trim().is_empty() || expected.len() > EXPECT_BYTES_MAX {
+            item.error("cannot be compared", format!("write 1 to {EXPECT_BYTES_MAX} bytes of text"));
+        }
+        expected
+    });
+    if kind == Kind::Canary && expect.is_none() {
+        table.missing("expect", "write the text that the answer to prompt begins with");
+    }
+    if kind == Kind::Canary && table.item("prompt").is_none() {
+        table.missing("prompt", "write a question with one sure answer");
+    }
+    Generate {
+        endpoint: endpoint
+            .or_else(|| preset.map(|engine| engine.generate_path().to_owned()))
+            .unwrap_or(default.endpoint),
+        model: text("model").map(|(model, _)| model),
+        prompt: text("prompt").map_or(default.prompt, |(prompt, _)| prompt),
+        expect,
+        deadline: table.duration("deadline", default.deadline, RUNNING),
+    }
+}
+
+fn load(table: &Table<'_>) -> Load {
+    let default = Load::default();
+    let scrape = table.item("scrape").and_then(|item| {
+        if item.is_text("off") {
+            return Some(Scrape::Off);
+        }
+        if item.is_text("auto") {
+            return Some(Scrape::Auto);
+        }
+        let text = item.string()?;
+        if !text.starts_with('/') {
+            let advice = keys::one_of(&text, &["off", "auto"]);
+            item.error("is not a page", format!("{advice}, or a path such as \"/metrics\""));
+            return None;
+        }
+        page_path(&item).map(Scrape::Path)
+    });
+    let load = Load {
+        scrape: scrape.unwrap_or(default.scrape),
+        interval: table.duration("interval", default.interval, LOAD_INTERVAL),
+    };
+    table.refuse_unknown_keys();
+    load
 }
 
 fn progress(table: &Table<'_>) -> ProgressPolicy {
@@ -666,7 +843,7 @@ fn outlier(table: &Table<'_>) -> OutlierPolicy {
     outlier
 }
 
-fn probe_path(item: &Item<'_>) -> Option<PathAndQuery> {
+fn page_path(item: &Item<'_>) -> Option<PathAndQuery> {
     let text = item.string()?;
     let path = text.parse().ok().filter(|_| text.starts_with('/') && !text.contains('#'));
     if path.is_none() {
@@ -694,6 +871,26 @@ fn retry(table: &Table<'_>) -> RetryPolicy {
     not_longer(table, "backoff_min", retry.backoff_min, "backoff_max", retry.backoff_max);
     table.refuse_unknown_keys();
     retry
+}
+
+fn queue(table: &Table<'_>) -> QueuePolicy {
+    let default = QueuePolicy::default();
+    let length_max = match table.item("length_max") {
+        Some(item) if !item.is_text("auto") => {
+            item.integer(1..=QUEUE_LENGTH_MAX).and_then(NonZeroU32::new).map(LengthMax::Most)
+        }
+        _ => None,
+    };
+    let header = table.item("priority_header");
+    let queue = QueuePolicy {
+        wait_max: table.duration("wait_max", default.wait_max, MAY_BE_ZERO),
+        length_max: length_max.unwrap_or(default.length_max),
+        priority_header: header
+            .and_then(|item| item.string().and_then(|name| header_name(&name, &item)))
+            .unwrap_or(default.priority_header),
+    };
+    table.refuse_unknown_keys();
+    queue
 }
 
 fn backend_clocks(table: &Table<'_>) -> BackendClocks {
@@ -805,6 +1002,7 @@ fn route(table: &Table<'_>, pools: &[&str]) -> Route {
         models: models(table.item("models"), true),
         replay: table.item("replay").and_then(|item| item.choice(REPLAY)),
         total: table.item("total").and_then(|item| item.duration(RUNNING)),
+        priority: table.item("priority").and_then(|item| item.choice(PRIORITY)),
     }
 }
 

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use http::{HeaderMap, HeaderName};
 
+use super::admission::Priority;
 use super::retry::Replay;
 
 /// One rule. A condition that is absent or empty always holds.
@@ -29,6 +30,8 @@ pub struct Route {
     pub replay: Option<Replay>,
     /// Instead of the pool's own total clock.
     pub total: Option<Duration>,
+    /// Instead of what the client's header says.
+    pub priority: Option<Priority>,
 }
 
 /// What a pool says about model names.

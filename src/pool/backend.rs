@@ -4,8 +4,8 @@
 //! the judge's ordinary answer ("fully eligible") is published as one flag, so that choosing a
 //! backend takes no lock while nothing is wrong.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use arc_swap::ArcSwapOption;
@@ -14,19 +14,20 @@ use tokio::sync::Notify;
 
 use crate::clock;
 use crate::policy::Moment;
+use crate::policy::admission::Cap;
 use crate::policy::balance::{Ewma, RecentFailures, stable_hash};
 use crate::policy::health::{
     Administrative, Arrival, Health, HealthPolicy, Observation, Peers, ProbeVerdict, Standing, Transition,
 };
+use crate::policy::poison::{self, Breaks};
 use crate::policy::progress::Verified;
+use crate::pool::identity::Trust;
 use crate::pool::in_flight::List;
+use crate::pool::load::Foreign;
 use crate::pool::pick::Class;
 use crate::pool::signs::Signs;
-use crate::telemetry::metrics::BackendMetrics;
+use crate::telemetry::metrics::{BackendMetrics, MODEL_OTHER, MODELS_MAX, ModelMetrics};
 use crate::upstream::{Addresses, Lane};
-
-/// Models one backend may have records of; the rest share the backend's own.
-const MODELS_MAX: usize = 256;
 
 /// Identity of a backend within the process; never used twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -37,6 +38,12 @@ impl BackendId {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         Self(NEXT.fetch_add(1, Ordering::Relaxed))
     }
+}
+
+/// A number for an exchange that broke off: never used twice in the process.
+pub fn exchange_number() -> poison::Exchange {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
 /// One replica.
@@ -61,6 +68,11 @@ pub struct Backend {
     by_model: RwLock<Vec<(String, Arc<Record>)>>,
     pub(super) in_flight: AtomicU32,
     pub(super) work: AtomicU64,
+    /// Unfinished attempts when it last began to answer one.
+    proven: AtomicU32,
+    cap: Mutex<Cap>,
+    /// What `cap` says, 0 for nothing: spares the lock.
+    cap_now: AtomicU32,
     pub(super) unfinished: List,
     pub(super) signs: Signs,
     admin: AtomicU8,
@@ -68,11 +80,16 @@ pub struct Backend {
     listed: ArcSwapOption<Listed>,
     last_probe: ArcSwapOption<LastProbe>,
     last_verify: Mutex<Option<Verified>>,
+    pub(super) trust: Trust,
+    pub(super) foreign: Foreign,
     /// Somebody suspects it and wants it asked at once.
     verify_wanted: Notify,
     /// Its state has changed: a probe may be due sooner than its prober thought.
     nudged: Notify,
     arrival: Arrival,
+    /// Who broke off here lately.
+    breaks: Mutex<Breaks>,
+    other_models: OnceLock<Arc<ModelMetrics>>,
 }
 
 /// The models a backend lists.
@@ -99,6 +116,8 @@ pub struct LastProbe {
 
 /// The judge of one (backend, model), and what speed and failures it showed.
 pub struct Record {
+    /// Counts of the model; none for the judge of the whole backend.
+    pub(super) metrics: Option<Arc<ModelMetrics>>,
     health: Mutex<Health>,
     /// The judge's answer is "eligible, full share".
     plain: AtomicBool,
@@ -111,11 +130,12 @@ pub struct Record {
 }
 
 impl Record {
-    fn new(arrival: Arrival, policy: &HealthPolicy) -> Self {
+    fn new(arrival: Arrival, policy: &HealthPolicy, metrics: Option<Arc<ModelMetrics>>) -> Self {
         let now = clock::now();
         let health = Health::new(arrival, now);
         let plain = is_plain(health.standing(policy, now));
         Self {
+            metrics,
             health: Mutex::new(health),
             plain: AtomicBool::new(plain),
             failures: Mutex::new(RecentFailures::default()),
@@ -253,19 +273,26 @@ impl Backend {
             addresses: Arc::new(Addresses::new(host, port)),
             metrics,
             lanes: (0..workers).map(|_| Arc::new(Lane::default())).collect(),
-            whole: Arc::new(Record::new(arrival, policy)),
+            whole: Arc::new(Record::new(arrival, policy, None)),
             by_model: RwLock::new(Vec::new()),
             in_flight: AtomicU32::new(0),
             work: AtomicU64::new(0),
+            proven: AtomicU32::new(0),
+            cap: Mutex::default(),
+            cap_now: AtomicU32::new(0),
             unfinished: List::default(),
             signs: Signs::default(),
             admin: AtomicU8::new(Administrative::Enabled as u8),
             listed: ArcSwapOption::empty(),
             last_probe: ArcSwapOption::empty(),
             last_verify: Mutex::new(None),
+            trust: Trust::new(),
+            foreign: Foreign::default(),
             verify_wanted: Notify::new(),
             nudged: Notify::new(),
             arrival,
+            breaks: Mutex::default(),
+            other_models: OnceLock::new(),
         }
     }
 
@@ -284,12 +311,47 @@ impl Backend {
         self.in_flight.load(Ordering::Relaxed)
     }
 
+    /// Most unfinished attempts it takes, as its refusals have taught; none while nothing is known.
+    pub fn learned_cap(&self) -> Option<u32> {
+        Some(self.cap_now.load(Ordering::Relaxed)).filter(|&cap| cap > 0)
+    }
+
+    /// It began to answer one.
+    pub(super) fn took_one(&self) {
+        let in_flight = self.in_flight();
+        self.proven.store(in_flight, Ordering::Relaxed);
+        if self.learned_cap().is_some() {
+            self.learn(|cap| cap.served(clock::now(), in_flight));
+        }
+    }
+
+    /// It refused one: too many, or not now.
+    pub(super) fn refused_one(&self, now: Moment) {
+        let proven = self.proven.load(Ordering::Relaxed);
+        self.learn(|cap| cap.refused(now, self.in_flight(), proven));
+    }
+
+    pub(super) fn forget_cap(&self, now: Moment) {
+        if self.learned_cap().is_some() {
+            self.learn(|cap| cap.forget(now));
+        }
+    }
+
+    fn learn(&self, teach: impl FnOnce(&mut Cap)) {
+        let mut cap = self.cap.lock();
+        teach(&mut cap);
+        let now = cap.most().unwrap_or(0);
+        self.cap_now.store(now, Ordering::Relaxed);
+        self.metrics.cap.set(i64::from(now));
+    }
+
     /// The judge of connect-class faults and probes; of everything where one model is served.
     pub fn whole(&self) -> &Arc<Record> {
         &self.whole
     }
 
-    /// The judge of `model` here. Records are made for models that are configured or listed, up to a bound.
+    /// The judge of `model` here. Records are made for models that are configured, listed or were once
+    /// served, up to a bound; the rest share the backend's own.
     pub(super) fn record(&self, model: Option<&str>, policy: &HealthPolicy) -> Arc<Record> {
         let Some(model) = model else { return self.whole.clone() };
         if let Some((_, record)) = self.by_model.read().iter().find(|(name, _)| name == model) {
@@ -303,9 +365,22 @@ impl Backend {
             return self.whole.clone();
         }
         // Whether the address answers at all is judged by `whole`; a model starts without a record against it.
-        let record = Arc::new(Record::new(Arrival::Model, policy));
+        let record = Arc::new(Record::new(Arrival::Model, policy, Some(self.metrics.model(model))));
         records.push((model.to_owned(), record.clone()));
         record
+    }
+
+    /// Counts of the models that have no record.
+    pub(super) fn other_models(&self) -> &Arc<ModelMetrics> {
+        self.other_models.get_or_init(|| self.metrics.model(MODEL_OTHER))
+    }
+
+    /// Brings the gauges of its models up to date; `up` says whether the backend as a whole takes work.
+    pub(super) fn publish_models(&self, policy: &HealthPolicy, now: Moment, up: bool) {
+        for (_, record) in self.by_model.read().iter() {
+            let open = up && matches!(record.standing(policy, now), Standing::Eligible { .. });
+            record.metrics.iter().for_each(|metrics| metrics.eligible.set(i64::from(open)));
+        }
     }
 
     pub(super) fn model_names(&self) -> Vec<String> {
@@ -341,18 +416,22 @@ impl Backend {
         self.listed.load_full()
     }
 
+    pub(super) fn has_list(&self) -> bool {
+        self.listed.load().is_some()
+    }
+
     /// Whether it lists `model`.
     pub fn lists(&self, model: &str) -> bool {
         self.listed.load().as_ref().is_some_and(|listed| listed.ids.iter().any(|id| id == model))
     }
 
     /// It listed these models.
-    pub fn set_listed(&self, listed: Listed) {
+    pub(super) fn set_listed(&self, listed: Listed) {
         self.listed.store(Some(Arc::new(listed)));
     }
 
     /// It was asked and lists nothing that is a list of models.
-    pub fn forget_listed(&self) {
+    pub(super) fn forget_listed(&self) {
         self.listed.store(None);
     }
 
@@ -402,6 +481,16 @@ impl Backend {
         for lane in &self.lanes {
             lane.close_kept();
         }
+    }
+
+    /// An attempt of `exchange` broke off here.
+    pub fn broke_off(&self, exchange: poison::Exchange) {
+        self.breaks.lock().note(exchange, clock::now());
+    }
+
+    /// Who broke off here lately.
+    pub fn breaks(&self) -> Breaks {
+        self.breaks.lock().clone()
     }
 
     /// How it came into its pool.

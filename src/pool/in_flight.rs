@@ -150,6 +150,6 @@ impl Drop for InFlight {
         let now = backend.in_flight.fetch_sub(1, Ordering::Relaxed) - 1;
         backend.work.fetch_sub(*load, Ordering::Relaxed);
         backend.metrics.in_flight.set(i64::from(now));
-        pool.wake_one();
+        pool.slot_freed();
     }
 }

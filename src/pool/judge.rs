@@ -1,7 +1,7 @@
 //! Observations in, transitions out: where `policy::health` meets the backends.
 //!
 //! Every transition passes through `publish` once: told, counted, and followed by what it means here
-//! (waiting attempts rescued, kept connections closed, a trial opened, those who wait woken). Peers are
+//! (waiting attempts rescued, kept connections closed, a trial opened, those who wait called). Peers are
 //! read before the lock of the one who is judged, so two judges never wait for each other.
 
 use std::sync::Arc;
@@ -17,7 +17,7 @@ use crate::pool::backend::{Backend, Record};
 use crate::pool::pick::{Choice, Class};
 use crate::pool::snapshot::{Member, Pool};
 use crate::telemetry::events::BackendTransition;
-use crate::telemetry::metrics::ProbeResult;
+use crate::telemetry::metrics::{ModelMetrics, ProbeResult};
 
 /// Transitions one tick may take a record through; more would be a loop.
 const TRANSITIONS_PER_TICK: usize = 4;
@@ -38,11 +38,56 @@ impl Choice {
             About::Backend => self.backend().whole(),
             About::Model => &self.record,
         };
+        if about == About::Backend && observation == Observation::Fault {
+            self.lost_connection();
+        }
         let model = self.model_of(record);
+        self.note(about, observation);
         self.pool.observe(self.index, record, model.as_deref(), observation, rng);
         // Whatever model it serves, the address works; a failure is only the model's until the address fails.
         if model.is_some() && matches!(observation, Observation::Success | Observation::FirstToken) {
             self.pool.observe(self.index, self.backend().whole(), None, observation, rng);
+        }
+    }
+
+    /// Counts an attempt that has come to its gate, for its model.
+    pub fn count_attempt(&self) {
+        self.model_metrics().iter().for_each(|metrics| metrics.attempts.inc());
+    }
+
+    /// Counts a fault, for its model.
+    pub fn count_fault(&self) {
+        self.model_metrics().iter().for_each(|metrics| metrics.faults.inc());
+    }
+
+    fn model_metrics(&self) -> Option<&Arc<ModelMetrics>> {
+        let other = || self.pool.judges_models().then(|| self.backend().other_models());
+        self.record.metrics.as_ref().or_else(other)
+    }
+
+    /// What the observation says of caps, of the pace and of the budget.
+    fn note(&self, about: About, observation: Observation) {
+        match observation {
+            Observation::FirstToken => {
+                self.backend().took_one();
+                if let Some(line) = &self.let_in {
+                    line.first_token(clock::now());
+                }
+            }
+            Observation::Success => self.pool.state.finished(),
+            Observation::Busy { .. } => self.backend().refused_one(clock::now()),
+            Observation::Fault | Observation::Misconfigured | Observation::Silent | Observation::Neutral => {}
+        }
+        if about == About::Backend {
+            // There was no connection.
+            self.nothing_sent();
+        }
+    }
+
+    /// Nothing was sent: an attempt at a suspect costs nothing then.
+    pub fn nothing_sent(&self) {
+        if self.suspect {
+            self.pool.state.refund_suspect();
         }
     }
 
@@ -109,7 +154,7 @@ impl Pool {
     pub fn can_verify(&self, i: usize) -> bool {
         debug_assert!(i < self.members.len());
         match self.config.probe.kind {
-            ProbeKind::Http { .. } => true,
+            ProbeKind::Http | ProbeKind::Generate(_) => true,
             ProbeKind::Tcp | ProbeKind::Off => false,
         }
     }
@@ -120,6 +165,9 @@ impl Pool {
         let now = clock::now();
         self.watch_progress(now);
         self.settle(now);
+        self.members.iter().for_each(|member| member.backend.forget_cap(now));
+        self.state.count_finished(now);
+        self.state.look();
         self.state.turn_peak(now);
         self.state.publish_budget(&self.config.retry, now);
         for class in Class::all() {
@@ -136,12 +184,13 @@ impl Pool {
     /// What the operator wants of member `i`; told by the caller.
     pub fn set_admin(&self, i: usize, state: Administrative) {
         self.members[i].backend.set_admin(state);
+        self.compare_lists();
         self.settle(clock::now());
         self.publish_standing();
-        self.state.wake_all();
+        self.state.backend_returned();
     }
 
-    fn observe(
+    pub(super) fn observe(
         &self,
         i: usize,
         record: &Arc<Record>,
@@ -271,19 +320,20 @@ impl Pool {
         .emit(&self.state.telemetry);
         match transition {
             Transition::Ejected { .. } | Transition::TrialFailed { .. } | Transition::ProbesFailed { .. } => {
+                backend.distrust();
                 backend.signs.forget_speed(clock::now());
                 self.rescue(backend, record, model);
             }
             Transition::Probation | Transition::ProbesPassed { probation: true, .. } => {
                 self.state.open_trials();
-                self.state.wake_all();
+                self.state.look();
             }
             Transition::Readmitted { .. } => {
                 backend.signs.forget_speed(clock::now());
-                self.state.wake_all();
+                self.state.backend_returned();
             }
             Transition::ProbesPassed { .. } | Transition::ProvenByTraffic | Transition::RefusalOver => {
-                self.state.wake_all();
+                self.state.backend_returned();
             }
             Transition::ProbesOutvoted { .. }
             | Transition::Refusing
@@ -298,6 +348,7 @@ impl Pool {
 
     /// Attempts that wait at a backend that was just taken out are moved; its kept connections are of no more use.
     fn rescue(&self, backend: &Backend, record: &Record, model: Option<&str>) {
+        self.state.backend_lost(backend.in_flight());
         match model {
             Some(_) => record.ejected(),
             None => {
@@ -324,6 +375,7 @@ impl Pool {
             });
             member.backend.metrics.healthy.set(i64::from(up));
             member.backend.metrics.eligible.set(i64::from(open));
+            member.backend.publish_models(&self.config.health, now, open);
             enabled += usize::from(member.backend.admin() == Administrative::Enabled);
             eligible += usize::from(open);
         }
@@ -345,19 +397,20 @@ impl Pool {
 
     /// The name under which a request's model is judged: none where the pool serves but one.
     pub fn judged_model<'m>(&self, model: Option<&'m str>) -> Option<&'m str> {
-        if self.config.models.len() < 2 && !self.state.several_models.load(Ordering::Relaxed) {
+        if !self.judges_models() {
             return None;
         }
         // Only names somebody vouches for get a record: a client must not fill memory with inventions.
-        model.filter(|name| self.config.models.iter().any(|known| known == name) || self.lists(name))
+        model.filter(|name| {
+            self.config.models.iter().any(|known| known == name)
+                || self.lists(name)
+                || self.state.has_served(name)
+        })
     }
 
-    /// Member `i` lists these models.
-    pub fn set_listed(&self, i: usize, listed: crate::pool::Listed) {
-        if listed.ids.len() > 1 {
-            self.state.several_models.store(true, Ordering::Relaxed);
-        }
-        self.members[i].backend.set_listed(listed);
+    /// Whether several models are served here, so that each is judged by itself.
+    fn judges_models(&self) -> bool {
+        self.config.models.len() > 1 || self.state.several_models.load(Ordering::Relaxed)
     }
 }
 

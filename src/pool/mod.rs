@@ -7,20 +7,27 @@
 
 mod backend;
 mod each;
+mod identity;
 mod in_flight;
 mod judge;
+mod line;
+mod load;
 mod pick;
 mod progress;
 mod signs;
 mod snapshot;
 mod state;
 mod tempo;
+mod ward;
 
-pub use backend::{Backend, BackendId, LastProbe, Listed, Record};
+pub use backend::{Backend, BackendId, LastProbe, Listed, Record, exchange_number};
 pub use each::{Place, for_each_backend};
+pub use identity::{Doubts, WrongModels};
 pub use in_flight::{InFlight, Unfinished};
 pub use judge::{About, Receipt};
+pub use line::{Joining, Line, Waiting};
 pub use pick::{Choice, Class, Nobody, Wanted};
 pub use snapshot::{Applied, Directory, Member, Pool, Snapshot};
-pub use state::{PoolState, Waiting};
+pub use state::PoolState;
 pub use tempo::Hedge;
+pub use ward::{Turn, Ward};

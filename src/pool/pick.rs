@@ -1,6 +1,6 @@
 //! Choosing a backend for the next attempt: `policy::balance` over what is known now.
 //!
-//! Order: a backend on trial if there is one, an eligible one not tried yet, in panic a suspect. Nobody is an
+//! Order: a backend on trial if there is one, an eligible one not tried yet, in panic a suspect if the budget allows. Nobody is an
 //! answer too, with the reason; whether one that was tried is asked again is the exchange's to say.
 
 use std::sync::Arc;
@@ -15,6 +15,7 @@ use crate::policy::health::{Administrative, Panic, Standing};
 use crate::policy::progress::{CLASSES, Kind};
 use crate::pool::backend::{Backend, BackendId, Record};
 use crate::pool::in_flight::InFlight;
+use crate::pool::line::Line;
 use crate::pool::snapshot::{Member, Pool};
 use crate::pool::state::PoolState;
 
@@ -64,8 +65,12 @@ pub struct Wanted<'a> {
     pub affinity: Option<u64>,
     /// Bytes of the request body.
     pub prompt_bytes: u64,
+    /// The only backend that may take it, where it is kept apart from others.
+    pub only: Option<BackendId>,
     /// Whether it may be lost: then it may be a backend's trial.
     pub replayable: bool,
+    /// The retry budget has paid for this attempt already.
+    pub paid: bool,
 }
 
 /// The backend of the next attempt, counted from now on.
@@ -80,6 +85,10 @@ pub struct Choice {
     pub in_flight: InFlight,
     /// Held while it is this backend's trial: its outcome decides on the backend's return.
     pub trial: Option<Trial>,
+    /// Too few were eligible, and it was paid for from the budget.
+    pub(super) suspect: bool,
+    /// The line it was let in from, while that lets a crowd in: it hears of the first token.
+    pub let_in: Option<Arc<Line>>,
 }
 
 /// The single trial of a backend in probation. Dropping it without an outcome lets another request try.
@@ -112,12 +121,14 @@ impl Choice {
 /// Why nobody can take an attempt now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Nobody {
-    /// All that are up asked to be left alone until then, or are at their cap (`None`).
+    /// Somebody is up, and all who are have as many attempts as they take.
+    Full,
+    /// All that are up asked to be left alone.
     Busy {
         /// The earliest time one may be asked again.
-        until: Option<Moment>,
+        until: Moment,
     },
-    /// None is up.
+    /// None is up, and those that are out have all been asked lately.
     Down,
     /// All that are up were tried by this exchange.
     AllTried,
@@ -141,7 +152,7 @@ impl Pool {
         if let Some(i) = balance::pick(&self.config.balance, &view, &request, &self.state.cursor, rng) {
             return Ok(self.choose(i, wanted, now));
         }
-        self.pick_suspect(wanted, now).map_or_else(|| Err(self.nobody(wanted, now)), Ok)
+        self.pick_suspect(wanted, now).map_or_else(|| Err(self.nobody(wanted)), Ok)
     }
 
     /// A backend whose ejection is over needs one real request to come back.
@@ -155,7 +166,10 @@ impl Pool {
                 continue;
             }
             any = true;
-            let open = member.backend.admin() == Administrative::Enabled && !wanted.has_tried(member);
+            let open = member.backend.admin() == Administrative::Enabled
+                && !wanted.has_tried(member)
+                && !self.lacks(i, wanted.model)
+                && !self.yields_to_doubt(i, wanted, now);
             let judge = if waits(whole) { whole } else { model };
             if open && judge.begin_trial(now) {
                 let trial = Trial { judge: judge.clone(), state: self.state.clone(), began: now };
@@ -168,7 +182,8 @@ impl Pool {
         None
     }
 
-    /// Too few are eligible: one that is out carries a single attempt (graded panic).
+    /// Too few are eligible: one that is out carries a single attempt (graded panic), if the budget allows it. A
+    /// pool that is down would get each request that comes otherwise, the first attempt of all of them.
     fn pick_suspect(self: &Arc<Self>, wanted: &Wanted<'_>, now: Moment) -> Option<Choice> {
         let enabled = |m: &Member| m.backend.admin() == Administrative::Enabled;
         let members = self.members.iter().filter(|m| enabled(m)).count();
@@ -183,13 +198,15 @@ impl Pool {
                 let standing = self.standing(i, wanted.model, now);
                 !matches!(standing, Standing::Eligible { .. } | Standing::Probation)
                     && !wanted.has_tried(member)
+                    && !self.lacks(i, wanted.model)
                     && panic.admits(standing, member.backend.admin(), member.backend.in_flight() as usize)
             })
             .collect();
         // The least bad: the one that failed least lately.
         let factor = |i: usize| self.members[i].backend.whole().failure_factor(now);
         let best = open.into_iter().min_by(|&a, &b| factor(a).total_cmp(&factor(b)))?;
-        Some(self.choose(best, wanted, now))
+        let may = self.state.may_try_suspect(&self.config.retry, wanted.paid, now);
+        may.then(|| Choice { suspect: !wanted.paid, ..self.choose(best, wanted, now) })
     }
 
     fn choose(self: &Arc<Self>, index: usize, wanted: &Wanted<'_>, now: Moment) -> Choice {
@@ -206,10 +223,14 @@ impl Pool {
                 now,
             ),
             trial: None,
+            suspect: false,
+            let_in: None,
         }
     }
 
-    fn nobody(&self, wanted: &Wanted<'_>, now: Moment) -> Nobody {
+    /// Why nobody can take it now, where that is so.
+    pub fn nobody(&self, wanted: &Wanted<'_>) -> Nobody {
+        let now = clock::now();
         let mut until: Option<Moment> = None;
         let (mut tried, mut full) = (false, false);
         for (i, member) in self.members.iter().enumerate() {
@@ -223,11 +244,22 @@ impl Pool {
                 Standing::Probation | Standing::Refusing | Standing::Out { .. } => {}
             }
         }
-        match (tried, until, full) {
+        match (tried, full, until) {
             (true, ..) => Nobody::AllTried,
-            (false, None, false) => Nobody::Down,
-            (false, until, _) => Nobody::Busy { until },
+            (false, true, _) => Nobody::Full,
+            (false, false, Some(until)) => Nobody::Busy { until },
+            (false, false, None) => Nobody::Down,
         }
+    }
+
+    /// Most exchanges that may wait.
+    pub fn queue_length_max(&self, model: Option<&str>) -> usize {
+        let now = clock::now();
+        let eligible = (0..self.members.len()).filter(|&i| {
+            self.members[i].backend.admin() == Administrative::Enabled
+                && matches!(self.standing(i, model, now), Standing::Eligible { .. })
+        });
+        self.config.queue.length_max.of(eligible.map(|i| self.members[i].cap()))
     }
 
     /// When the first of those that asked to be left alone may be asked again; none while another takes work.
@@ -247,9 +279,13 @@ impl Pool {
         first
     }
 
-    /// What may be sent to member `i` for `model`: the stricter of its two judges.
+    /// What may be sent to member `i` for `model`: the stricter of its two judges, and nothing of what it is known
+    /// not to serve.
     pub fn standing(&self, i: usize, model: Option<&str>, now: Moment) -> Standing {
         let backend = &self.members[i].backend;
+        if self.lacks(i, model) {
+            return Standing::Out { until: None };
+        }
         let whole = backend.whole().standing(&self.config.health, now);
         if model.is_none() || !matches!(whole, Standing::Eligible { .. }) {
             return whole;
@@ -269,8 +305,10 @@ impl Pool {
 }
 
 impl Wanted<'_> {
-    fn has_tried(&self, member: &Member) -> bool {
-        self.tried.contains(&member.backend.id)
+    /// Whether it is out of the question: tried, or not the only one that may take it.
+    pub(super) fn has_tried(&self, member: &Member) -> bool {
+        let id = member.backend.id;
+        self.only.is_some_and(|only| only != id) || self.tried.contains(&id)
     }
 }
 
@@ -309,18 +347,22 @@ impl Candidates for View<'_> {
         let Standing::Eligible { share } = self.pool.standing(i, self.wanted.model, self.now) else {
             return false;
         };
-        match member.params.in_flight_max {
+        if backend.is_doubted() && self.pool.yields_to_doubt(i, self.wanted, self.now) {
+            return false;
+        }
+        match member.cap() {
             None => true,
-            Some(max) => f64::from(backend.in_flight()) < (f64::from(max.get()) * f64::from(share)).max(1.0),
+            Some(cap) => f64::from(backend.in_flight()) < (f64::from(cap) * f64::from(share)).max(1.0),
         }
     }
 
     fn load(&self, i: usize) -> f64 {
         let backend = &self.pool.members[i].backend;
         let work = backend.work.load(std::sync::atomic::Ordering::Relaxed);
+        let others = u64::from(backend.foreign.requests(self.now)) * UNITS;
         let coming = UNITS;
         let penalty = backend.whole().failure_factor(self.now) * backend.signs.slow_factor();
-        (work + coming) as f64 * penalty / (UNITS as f64 * self.weight(i))
+        (work + others + coming) as f64 * penalty / (UNITS as f64 * self.weight(i))
     }
 
     fn weight(&self, i: usize) -> f64 {

@@ -18,7 +18,7 @@ use crate::policy::route::{PoolModels, Table};
 use crate::pool::backend::Backend;
 use crate::pool::state::PoolState;
 use crate::telemetry::Telemetry;
-use crate::upstream::{Target, Tls};
+use crate::upstream::{Lost, Target, Tls};
 
 /// The configuration in force and what is known about its backends.
 pub struct Directory {
@@ -126,7 +126,10 @@ impl Directory {
         let applied = self.retire(&old, &new, generation);
         self.current.store(new);
         // Whoever waits may find a newcomer, now that it can be seen.
-        self.look().pools.iter().for_each(|pool| pool.state.wake_all());
+        self.look().pools.iter().for_each(|pool| {
+            pool.compare_lists();
+            pool.state.backend_returned();
+        });
         // A prober may have nothing to do for an hour by its old parameters.
         self.look().members().for_each(|(_, member)| member.backend.nudge_prober());
         self.generation.send_replace(generation);
@@ -276,6 +279,7 @@ impl Pool {
                     config.http,
                     &config.clocks,
                     backend.metrics.connections_open.clone(),
+                    lost_at(&backend),
                 );
                 Member { backend, params: params.clone(), target }
             })
@@ -295,7 +299,27 @@ impl Pool {
     }
 }
 
+/// A kept connection that its peer closes may be the last word of a process that is gone.
+fn lost_at(backend: &Arc<Backend>) -> Lost {
+    // Weak: connections tell of it, and belong to the backend.
+    let backend = Arc::downgrade(backend);
+    Arc::new(move || {
+        if let Some(backend) = backend.upgrade() {
+            backend.doubt();
+        }
+    })
+}
+
 impl Member {
+    /// Most unfinished attempts at a time: what it was seen to take, within what is configured.
+    pub fn cap(&self) -> Option<u32> {
+        let configured = self.params.in_flight_max.map(std::num::NonZeroU32::get);
+        match (configured, self.backend.learned_cap()) {
+            (Some(configured), Some(learned)) => Some(configured.min(learned)),
+            (configured, learned) => configured.or(learned),
+        }
+    }
+
     /// Whether `params` configures this same replica.
     fn is_same(&self, params: &config::Backend) -> bool {
         let mine = &self.params;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use http::{HeaderValue, Request, StatusCode, header, request};
+use http::{HeaderValue, Method, Request, StatusCode, header, request};
 use tokio::time::timeout;
 
 use crate::pool::Member;
@@ -42,7 +42,9 @@ pub(super) enum Body {
 pub(super) enum NoAnswer {
     /// This machine could not ask: says nothing about the backend.
     Local(String),
-    /// The backend is to blame, or the way to it.
+    /// No connection could be made, or it broke: the process may be gone, and another come in its place.
+    Lost(String),
+    /// The backend is to blame for another reason, or the way to it.
     Theirs(String),
 }
 
@@ -59,14 +61,36 @@ pub(super) async fn get(
     body_max: usize,
     within: Duration,
 ) -> Result<Answered, NoAnswer> {
+    ask(member, path, None, body_max, within).await
+}
+
+/// `POST` of a JSON text there; the rest as with [`get`].
+pub(super) async fn post(
+    member: &Member,
+    path: &str,
+    json: String,
+    body_max: usize,
+    within: Duration,
+) -> Result<Answered, NoAnswer> {
+    ask(member, path, Some(Bytes::from(json)), body_max, within).await
+}
+
+async fn ask(
+    member: &Member,
+    path: &str,
+    json: Option<Bytes>,
+    body_max: usize,
+    within: Duration,
+) -> Result<Answered, NoAnswer> {
     // Outlive the future that a timeout drops: how far it had come is what went wrong.
     let (mut connected, mut status) = (false, None);
     let asked = timeout(within, async {
         let lease = lease(member).await?;
         connected = true;
-        let head = head(member, path, lease.is_h2())?;
-        let answer = lease.send(&member.target, head, OutBody::Empty).await;
-        let mut answer = answer.map_err(|e| NoAnswer::Theirs(describe(&e)))?;
+        let head = head(member, path, json.as_ref(), lease.is_h2())?;
+        let body = json.map_or(OutBody::Empty, |json| OutBody::Whole(Some(json)));
+        let answer = lease.send(&member.target, head, body).await;
+        let mut answer = answer.map_err(|e| NoAnswer::from(&e))?;
         status = Some(answer.head.status);
         Ok(read(&mut answer.body, body_max).await)
     })
@@ -86,13 +110,21 @@ async fn lease(member: &Member) -> Result<Lease, NoAnswer> {
     Arc::new(Lane::default()).lease(&member.target, Want::Fresh).await.map_err(NoAnswer::from)
 }
 
-fn head(member: &Member, path: &str, h2: bool) -> Result<request::Parts, NoAnswer> {
+fn head(member: &Member, path: &str, json: Option<&Bytes>, h2: bool) -> Result<request::Parts, NoAnswer> {
     let params = &member.params;
-    let mut request = Request::get(format!("{}{path}", params.path_prefix))
+    let method = if json.is_some() { Method::POST } else { Method::GET };
+    let mut request = Request::builder()
+        .method(method)
+        .uri(format!("{}{path}", params.path_prefix))
         .header(header::USER_AGENT, USER_AGENT)
         .header(header::ACCEPT, HeaderValue::from_static("*/*"))
         .body(())
         .map_err(|e| NoAnswer::Local(format!("{}{path} cannot be asked for: {e}", params.path_prefix)))?;
+    if let Some(json) = json {
+        let headers = request.headers_mut();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        headers.insert(header::CONTENT_LENGTH, HeaderValue::from(json.len()));
+    }
     if !h2 {
         request.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
@@ -128,11 +160,22 @@ impl From<ConnectError> for NoAnswer {
     fn from(error: ConnectError) -> Self {
         match error.failure {
             ConnectFailure::Local => Self::Local(error.to_string()),
-            ConnectFailure::Dns
-            | ConnectFailure::Refused
-            | ConnectFailure::Timeout
-            | ConnectFailure::Unreachable
-            | ConnectFailure::Tls => Self::Theirs(error.to_string()),
+            ConnectFailure::Refused | ConnectFailure::Timeout | ConnectFailure::Unreachable => {
+                Self::Lost(error.to_string())
+            }
+            ConnectFailure::Dns | ConnectFailure::Tls => Self::Theirs(error.to_string()),
+        }
+    }
+}
+
+impl From<&SendError> for NoAnswer {
+    fn from(error: &SendError) -> Self {
+        match error.failure {
+            SendFailure::Closed => Self::Lost(describe(error)),
+            SendFailure::Protocol
+            | SendFailure::HeadTooLarge
+            | SendFailure::Refused
+            | SendFailure::Upload => Self::Theirs(describe(error)),
         }
     }
 }
@@ -159,7 +202,7 @@ mod tests {
     fn what_this_machine_lacks_is_not_held_against_a_backend() {
         let error = |failure| ConnectError { failure, source: io::Error::from_raw_os_error(24) };
         assert!(matches!(NoAnswer::from(error(ConnectFailure::Local)), NoAnswer::Local(_)));
-        assert!(matches!(NoAnswer::from(error(ConnectFailure::Refused)), NoAnswer::Theirs(_)));
+        assert!(matches!(NoAnswer::from(error(ConnectFailure::Refused)), NoAnswer::Lost(_)));
         assert!(matches!(NoAnswer::from(error(ConnectFailure::Dns)), NoAnswer::Theirs(_)));
     }
 }

@@ -3,11 +3,13 @@
 //! One prober per backend for the whole process, whatever the number of workers, also for backends that
 //! are disabled or draining, so that enabling one is informed. It asks (`ask`), reads a verdict off the
 //! answer (`verdict`) and hands it to the pool; whether a verdict counts against succeeding traffic is
-//! `policy::health`'s to say. While a backend answers, it is also asked which models it has (`models`).
+//! `policy::health`'s to say. While a backend answers, it is also asked which models it has (`models`), and if the
+//! operator wants it, how busy it is (`load`).
 //!
 //! Runs on the control thread, never on a worker.
 
 mod ask;
+mod load;
 mod models;
 mod prober;
 mod ticks;
@@ -18,6 +20,7 @@ use std::sync::Arc;
 use crate::drain::Draining;
 use crate::pool::{Directory, for_each_backend};
 
+pub use load::{LOAD_TASK, read_loads};
 pub use ticks::{TICK, keep_time};
 
 /// Label of the gauge `evergate_backend_tasks`.

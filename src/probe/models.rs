@@ -1,7 +1,8 @@
-//! Which models a backend has, by its own word at `/v1/models`.
+//! Which models a backend has, by its own word at `/v1/models`; and so, whether it is who it should be.
 //!
-//! Asked only of a backend that has just answered a probe, and again soon after it was away: what comes
-//! back may be another process with other weights. Not to answer here is no fault. A backend that answers
+//! Asked of a backend that has just answered a probe, before its pass is told: what comes back from an absence may be
+//! another process with other weights, and gets nothing until it said who it is. In between the list is asked for
+//! from time to time, and at once where a connection was lost. Not to answer here is no fault. A backend that answers
 //! something else is taken not to list models and is asked seldom; one that does not answer keeps the list
 //! it had. The list of a backend that dies is kept too: who shows it asks whether the backend lives.
 
@@ -12,20 +13,27 @@ use serde_json::Value;
 
 use crate::clock;
 use crate::policy::Moment;
-use crate::pool::{Listed, Member, Pool};
-use crate::probe::ask::{self, Answered, Body};
+use crate::pool::{Backend, Listed, Member, Place, WrongModels};
+use crate::probe::ask::{self, Answered, Body, NoAnswer};
 use crate::telemetry::Telemetry;
-use crate::telemetry::events::ModelsChanged;
+use crate::telemetry::events::{MisconfiguredBackend, ModelsChanged};
 
 /// Where OpenAI-compatible engines list their models.
 const PATH: &str = "/v1/models";
-/// Age at which a list is asked for again. Engines load and unload adapters while running.
-pub(super) const LIST_AGE_MAX: Duration = Duration::from_secs(30);
+/// Age at which a list is asked for again. Engines load and unload adapters while running; and one that was restarted
+/// so quickly that nobody noticed is found out by this alone.
+pub(super) const LIST_AGE_MAX: Duration = Duration::from_secs(10);
 /// The same where there are no probes to ride on.
 pub(super) const LIST_AGE_MAX_WITHOUT_PROBES: Duration = Duration::from_secs(60);
 /// Until a backend that lists nothing is asked again: an engine that gains the path has restarted, which the
 /// probes notice.
 const ABSENT_PAUSE: Duration = Duration::from_secs(120);
+/// Age at which the list of a backend that serves the wrong models is asked for again: a person repairs it.
+const WRONG_LIST_AGE_MAX: Duration = Duration::from_secs(5);
+/// While a backend is doubted, from the end of one question to the next, for peers do its work meanwhile.
+const DOUBTED_PAUSE: Duration = Duration::from_millis(100);
+/// The same where nothing else asks, for there are no probes.
+const AWAY_PAUSE: Duration = Duration::from_secs(1);
 /// Until a backend that gave no answer is asked again.
 const FAILED_PAUSE: Duration = Duration::from_secs(10);
 /// For the whole answer. Longer than a probe's, for a list may be; short, for the next probe waits for it.
@@ -37,32 +45,36 @@ const LIST_BYTES_MAX: usize = 1 << 20;
 #[derive(Debug)]
 pub(super) struct ListAge {
     due: Moment,
-    /// Its ejections so far, when it was asked last.
-    ejections: u64,
+    /// When it was asked last.
+    asked: Moment,
+    /// What was wrong with its list.
+    wrong: Option<WrongModels>,
 }
 
 impl ListAge {
     /// At once.
     pub(super) fn unknown() -> Self {
-        Self { due: Moment::ZERO, ejections: 0 }
+        Self { due: Moment::ZERO, asked: Moment::ZERO, wrong: None }
     }
 
-    /// It was away: what returns may list something else.
-    pub(super) fn distrust(&mut self) {
-        self.due = Moment::ZERO;
+    /// When it is due by itself: sooner where it was away.
+    pub(super) fn due(&self, backend: &Backend) -> Moment {
+        if backend.is_doubted() { self.due.min(self.asked + AWAY_PAUSE) } else { self.due }
     }
 
-    pub(super) fn is_due(&self, now: Moment, ejections: u64) -> bool {
-        now >= self.due || ejections != self.ejections
+    /// When a backend whose doubt keeps work away is to be asked; none where none does.
+    pub(super) fn doubt_due(&self, now: Moment, backend: &Backend) -> Option<Moment> {
+        backend.is_barred_by_doubt(now).then(|| self.asked + DOUBTED_PAUSE)
     }
 
-    /// When it is due, as far as time alone says.
-    pub(super) fn due(&self) -> Moment {
-        self.due
+    /// What is wrong with its list.
+    pub(super) fn wrong(&self) -> Option<&WrongModels> {
+        self.wrong.as_ref()
     }
 
-    fn asked(&mut self, now: Moment, ejections: u64, again_after: Duration) {
-        *self = Self { due: now + again_after, ejections };
+    fn was_asked(&mut self, now: Moment, again_after: Duration) {
+        self.asked = now;
+        self.due = now + again_after;
     }
 }
 
@@ -76,33 +88,50 @@ enum Said {
     Nothing,
 }
 
-/// Asks member `i` if it is time to. Never counts against the backend.
+/// Asks the backend at `place` if it is time to. That it does not answer is nothing against it; why there was no
+/// connection is returned, for that is something.
 pub(super) async fn ask_if_due(
-    pool: &Pool,
-    i: usize,
+    place: &Place,
     age: &mut ListAge,
     age_max: Duration,
-    telemetry: &Telemetry,
-) {
-    let member = &pool.members[i];
-    let (_, ejections) = member.backend.whole().ejections();
-    if !age.is_due(clock::now(), ejections) {
-        return;
+    rng: &mut fastrand::Rng,
+) -> Option<String> {
+    let (pool, i) = place.now()?;
+    let backend = &place.backend;
+    if clock::now() < age.due && !backend.is_doubted() {
+        return None;
     }
-    let again_after = match read(ask::get(member, PATH, LIST_BYTES_MAX, LIST_TIMEOUT).await) {
+    let doubts = backend.doubts();
+    let answer = ask::get(&pool.members[i], PATH, LIST_BYTES_MAX, LIST_TIMEOUT).await;
+    let lost = match &answer {
+        Err(NoAnswer::Lost(reason)) => Some(reason.clone()),
+        _ => None,
+    };
+    // A reload may have come meanwhile: the generation in force is told.
+    let (pool, i) = place.now()?;
+    let telemetry = place.directory.telemetry();
+    let again_after = match read(answer) {
         Said::List(listed) => {
-            tell_if_changed(member, &listed.ids, telemetry);
-            pool.set_listed(i, listed);
-            age_max
+            tell_if_changed(&pool.members[i], &listed.ids, telemetry);
+            let wrong = pool.set_listed(i, listed, rng);
+            if let Some(wrong) = wrong.as_ref().filter(|wrong| age.wrong.as_ref() != Some(*wrong)) {
+                MisconfiguredBackend { at: &backend.metrics, model: None, saw: wrong }.emit(telemetry);
+            }
+            age.wrong = wrong;
+            pool.settle_doubts(i, doubts);
+            if age.wrong.is_some() { WRONG_LIST_AGE_MAX } else { age_max }
         }
         Said::NoList => {
-            tell_if_changed(member, &[], telemetry);
-            member.backend.forget_listed();
+            tell_if_changed(&pool.members[i], &[], telemetry);
+            pool.forget_listed(i);
+            age.wrong = None;
+            pool.settle_doubts(i, doubts);
             ABSENT_PAUSE
         }
         Said::Nothing => FAILED_PAUSE,
     };
-    age.asked(clock::now(), ejections, again_after);
+    age.was_asked(clock::now(), again_after);
+    lost
 }
 
 fn tell_if_changed(member: &Member, ids: &[String], telemetry: &Telemetry) {
@@ -112,7 +141,7 @@ fn tell_if_changed(member: &Member, ids: &[String], telemetry: &Telemetry) {
     }
 }
 
-fn read(answer: Result<Answered, ask::NoAnswer>) -> Said {
+fn read(answer: Result<Answered, NoAnswer>) -> Said {
     let Ok(Answered { status, body }) = answer else { return Said::Nothing };
     match (status, body) {
         (status, Body::Whole(body)) if status.is_success() => parse(&body).map_or(Said::NoList, Said::List),
@@ -188,19 +217,6 @@ mod tests {
             assert_eq!(said(status, whole("{}")), Said::Nothing, "{status}");
         }
         assert_eq!(said(200, Body::Broken("cut".to_owned())), Said::Nothing);
-        assert_eq!(read(Err(ask::NoAnswer::Theirs(String::new()))), Said::Nothing);
-    }
-
-    #[test]
-    fn a_backend_that_was_away_is_asked_again_at_once() {
-        let now = Moment::ZERO + Duration::from_secs(100);
-        let mut age = ListAge::unknown();
-        assert!(age.is_due(now, 0));
-        age.asked(now, 0, LIST_AGE_MAX);
-        assert!(!age.is_due(now + LIST_AGE_MAX - Duration::from_micros(1), 0));
-        assert!(age.is_due(now + LIST_AGE_MAX, 0));
-        assert!(age.is_due(now, 1), "it was ejected meanwhile");
-        age.distrust();
-        assert!(age.is_due(now, 0), "a probe failed meanwhile");
+        assert_eq!(read(Err(NoAnswer::Theirs(String::new()))), Said::Nothing);
     }
 }

@@ -2,14 +2,16 @@
 
 use std::borrow::Cow;
 use std::fmt::Write;
+use std::ops::Range;
 
 use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Version, header, request};
 
 use crate::config::Limits;
 use crate::policy::Moment;
+use crate::policy::admission::Priority;
 use crate::policy::dialect::{Dialect, Endpoint};
-use crate::policy::retry::Nature;
+use crate::policy::retry::{Nature, Replay};
 use crate::pool::Class;
 use crate::proxy::client::{Client, HeadDefect};
 use crate::proxy::headers;
@@ -26,14 +28,12 @@ pub(super) struct Asked {
     /// Its words.
     pub(super) dialect: Dialect,
     pub(super) method: Method,
-    /// As sent, but for a renamed model.
-    pub(super) path: PathAndQuery,
     /// As a backend is to see them, but for what differs by backend and attempt.
     pub(super) headers: HeaderMap,
     /// The protocol to switch to.
     pub(super) upgrade: Option<HeaderValue>,
-    /// The model as the backends know it, where it was read.
-    pub(super) model: Option<String>,
+    /// Where the model's name stands in the body as the routed pool is sent it.
+    pub(super) model_span: Option<Range<usize>>,
     /// Whether tokens are to come one by one.
     pub(super) stream: bool,
     /// Choices that must finish.
@@ -42,14 +42,16 @@ pub(super) struct Asked {
     pub(super) nature: Nature,
     /// What its speed is compared with.
     pub(super) class: Class,
-    /// Hash of what makes it alike to others.
-    pub(super) affinity: Option<u64>,
     /// Bytes of the body, where known.
     pub(super) prompt_bytes: u64,
     /// Its body is still coming while it is sent.
     pub(super) uploads: bool,
+    /// Who goes first where requests wait, if the route says so instead of the client.
+    pub(super) priority: Option<Priority>,
     /// End of the whole exchange.
     pub(super) total: Option<Moment>,
+    /// What the route says about sending it twice.
+    pub(super) replay: Option<Replay>,
     /// As they were at admission.
     pub(super) limits: Limits,
 }

@@ -21,6 +21,7 @@ use crate::policy::retry::{Cause, Facts, Phase};
 use crate::pool::Choice;
 use crate::proxy::admit::Asked;
 use crate::proxy::headers;
+use crate::proxy::leg::Leg;
 use crate::proxy::token_stream::{Ending, TokenStream};
 use crate::proxy::watch::{HeadStage, Stage, Watch};
 use crate::proxy::worker::{Held, Worker};
@@ -107,6 +108,8 @@ pub(super) struct Attempt<'a> {
     pub(super) worker: &'a Worker,
     /// What is asked.
     pub(super) asked: &'a Asked,
+    /// By which pool.
+    pub(super) leg: &'a Leg,
     /// Of whom.
     pub(super) choice: &'a Choice,
     /// 1 for the first.
@@ -167,6 +170,9 @@ impl Attempt<'_> {
             retry_after: seen.retry_after,
             serves_others: cause != Cause::Answered && self.choice.serves(),
         };
+        if cause.lost_connection() {
+            self.choice.lost_connection();
+        }
         let first_byte = seen.head_at.map(|at| at.since(started));
         Outcome { facts, answer, first_byte, started }
     }
@@ -260,10 +266,10 @@ impl Attempt<'_> {
         let (mut head, ()) = http::Request::new(()).into_parts();
         head.method = asked.method.clone();
         head.uri = if params.path_prefix.is_empty() {
-            Uri::from(asked.path.clone())
+            Uri::from(self.leg.path.clone())
         } else {
-            let path = format!("{}{}", params.path_prefix, asked.path);
-            path.parse().unwrap_or_else(|_| Uri::from(asked.path.clone()))
+            let path = format!("{}{}", params.path_prefix, self.leg.path);
+            path.parse().unwrap_or_else(|_| Uri::from(self.leg.path.clone()))
         };
         head.headers = asked.headers.clone();
         let headers = &mut head.headers;
@@ -376,10 +382,12 @@ impl Attempt<'_> {
         let max = self.asked.limits.held_body_max;
         let (chunks, rest, trailers, held) = match self.collect(body, max).await? {
             Collected::Whole { chunks, trailers, held } => (chunks, None, trailers, held),
-            Collected::Longer { ahead, body } => (ahead, Some(body), None, Held::default()),
+            Collected::Longer { ahead, body, limit } => {
+                self.worker.telemetry().metrics.count_limit(limit);
+                (ahead, Some(body), None, Held::default())
+            }
         };
         if let Some(body) = rest {
-            self.worker.telemetry().metrics.count_limit("held_body_max");
             return Ok((Cause::Answered, Some(Answer::Begun { head, ahead: chunks, body })));
         }
         let body = joined(chunks);
@@ -402,7 +410,7 @@ impl Attempt<'_> {
         let status = Cause::Status(head.status.as_u16());
         let (chunks, rest, trailers, held) = match self.collect(body, ERROR_BODY_BYTES_MAX).await {
             Ok(Collected::Whole { chunks, trailers, held }) => (chunks, None, trailers, held),
-            Ok(Collected::Longer { ahead, body }) => (ahead, Some(body), None, Held::default()),
+            Ok(Collected::Longer { ahead, body, .. }) => (ahead, Some(body), None, Held::default()),
             // The status was said; a body that breaks off takes nothing from it, but cannot be shown.
             Err(Cause::Truncated | Cause::Silence) => return Ok((status, None)),
             Err(other) => return Err(other),
@@ -426,7 +434,7 @@ impl Attempt<'_> {
                 let others = self.choice.pool.members.iter().enumerate();
                 others.filter(|(i, _)| *i != self.choice.index).any(|(_, m)| m.backend.lists(model))
             };
-            self.asked.model.as_deref().is_some_and(lists)
+            self.leg.model.as_deref().is_some_and(lists)
         };
         if is_model_not_found(status, body) && peers() {
             return Cause::ModelMissingHere;
@@ -495,8 +503,11 @@ impl Attempt<'_> {
                         let kept = chunk.len() as u64;
                         chunks.push_back(chunk);
                         let limits = &self.asked.limits;
-                        if length > max || !held.grow(&self.worker.memory, kept, limits.memory_max) {
-                            return Ok(Collected::Longer { ahead: chunks, body });
+                        if length > max {
+                            return Ok(Collected::Longer { ahead: chunks, body, limit: "held_body_max" });
+                        }
+                        if !held.grow(&self.worker.memory, kept, limits.memory_max) {
+                            return Ok(Collected::Longer { ahead: chunks, body, limit: "memory_max" });
                         }
                     }
                 },
@@ -506,8 +517,17 @@ impl Attempt<'_> {
 }
 
 enum Collected {
-    Whole { chunks: VecDeque<Bytes>, trailers: Option<HeaderMap>, held: Held },
-    Longer { ahead: VecDeque<Bytes>, body: InBody },
+    Whole {
+        chunks: VecDeque<Bytes>,
+        trailers: Option<HeaderMap>,
+        held: Held,
+    },
+    /// By which limit it is not kept.
+    Longer {
+        ahead: VecDeque<Bytes>,
+        body: InBody,
+        limit: &'static str,
+    },
 }
 
 /// An answer without a body, as gRPC says what went wrong: in its trailers, or in its head alone (F38).

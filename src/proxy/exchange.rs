@@ -1,28 +1,36 @@
 //! One client request and its one response, over as many attempts as it takes.
 //!
-//! `run` is the loop: choose a backend, try it, judge the outcome, and relay, move on or give up. What to
-//! do is decided by `policy::retry`; here it is done. Dropping an exchange (the client has left) drops the
+//! `run` is the loop: choose a backend (`turn`, which may have to wait for one), try it, judge the outcome, and
+//! relay, move on or give up. What to do is decided by `policy::retry`; here it is done. Dropping an exchange (the client has left) drops the
 //! attempt under way and closes its connection.
 
-use std::sync::Arc;
-use std::time::Duration;
+mod turn;
 
-use http::{HeaderValue, Response, StatusCode, header, response};
+pub(super) use turn::stand_by;
+
+use std::sync::Arc;
+
+use http::{HeaderMap, HeaderValue, Response, StatusCode, header, response};
 use hyper::upgrade::OnUpgrade;
 use smallvec::SmallVec;
 
 use crate::clock::{self, Alarm};
 use crate::policy::Moment;
+use crate::policy::dialect::{ErrorClass, is_content_filter, is_context_length};
+use crate::policy::fallback::{FallbackCause, Used};
 use crate::policy::health::Observation;
+use crate::policy::poison::{fingerprint, may_be_a_death};
 use crate::policy::retry::{
-    self, Cause, Facts, History, Next, Phase, Reason, RetryPolicy, Verdict, backoff, decide,
+    self, Cause, Facts, History, Next, Phase, Reason, Verdict, all_failed_alike, decide,
 };
-use crate::pool::{About, BackendId, Choice, Nobody, Pool, Receipt, Wanted};
+use crate::pool::{About, BackendId, Choice, Receipt, Turn};
 use crate::proxy::admit::Asked;
 use crate::proxy::attempt::{Answer, Outcome};
-use crate::proxy::headers::X_REQUEST_ID;
+use crate::proxy::headers::{X_EVERGATE_POOL, X_REQUEST_ID};
 use crate::proxy::hedge::Tried;
+use crate::proxy::inquest::Inquest;
 use crate::proxy::ledger::{Entry, Ledger};
+use crate::proxy::leg::Leg;
 use crate::proxy::relay::{AnswerBody, Serving};
 use crate::proxy::replay_body::ReplayBody;
 use crate::proxy::respond::{Refusal, refuse, whole_seconds};
@@ -30,12 +38,16 @@ use crate::proxy::sse_relay::{EventRelay, Silence};
 use crate::proxy::tunnel;
 use crate::proxy::watch::Watch;
 use crate::proxy::worker::Worker;
-use crate::telemetry::events::MisconfiguredBackend;
+use crate::telemetry::events::{MisconfiguredBackend, RequestKills};
 use crate::telemetry::metrics::{AttemptOutcome, End};
-use crate::upstream::Want;
+use turn::Waits;
 
-/// Between two looks for a backend that takes connections again, where nobody has noticed that it does.
-const STAND_BY_LOOK: Duration = Duration::from_millis(250);
+/// What an exchange was before it fell back to another pool.
+struct Routed {
+    leg: Leg,
+    /// What the client would have been told.
+    refusal: Option<Refusal>,
+}
 
 /// An exchange from its routing to its answer. Boxed from the start: it is moved often, and is large.
 pub(super) struct Exchange {
@@ -43,9 +55,12 @@ pub(super) struct Exchange {
     pub(super) asked: Asked,
     pub(super) body: ReplayBody,
     pub(super) ledger: Ledger,
-    pub(super) pool: Arc<Pool>,
-    /// The pool's, with what the route overrides.
-    pub(super) policy: RetryPolicy,
+    /// The pool that is being asked, and how.
+    pub(super) leg: Leg,
+    /// How the routed pool was asked, once another one is.
+    routed: Option<Routed>,
+    /// Of the routed pool's fallbacks.
+    fallbacks_used: Used,
     /// The client's connection, where it is to be switched to another protocol.
     switch: Option<OnUpgrade>,
     pub(super) history: History,
@@ -58,35 +73,38 @@ pub(super) struct Exchange {
     pub(super) fresh: bool,
     /// How the latest attempt failed.
     failed: Option<Facts>,
-    /// The latest answer that was not good enough.
-    last: Option<Answer>,
-    /// A fault that may turn out to be the request's own.
-    blamed: Option<Receipt>,
+    /// The latest answer that was not good enough, and the pool it came from where that is a fallback.
+    last: Option<(Answer, Option<HeaderValue>)>,
+    /// Where it broke off.
+    pub(super) inquest: Inquest,
+    /// It is kept apart: its like has killed replicas.
+    turn: Option<Turn>,
+    /// Faults that may turn out to be the request's own, one for each backend that was at fault.
+    faults: SmallVec<[(Cause, Receipt); 2]>,
     /// Between attempts.
     pub(super) alarm: Option<Alarm>,
-    /// End of all waiting for a backend.
-    wait_until: Option<Moment>,
+    waits: Waits,
 }
 
 impl Exchange {
-    /// An exchange that goes to `pool`.
+    /// An exchange that goes to the pool of `leg`.
     pub(super) fn new(
         asked: Asked,
         body: ReplayBody,
         ledger: Ledger,
-        pool: Arc<Pool>,
-        policy: RetryPolicy,
+        leg: Leg,
         switch: Option<OnUpgrade>,
     ) -> Box<Self> {
-        pool.state.deposit();
+        leg.pool.state.deposit();
         Box::new(Self {
             worker: ledger.worker().clone(),
-            history: History::new(pool.members.len()),
+            history: History::new(leg.pool.members.len()),
             asked,
             body,
             ledger,
-            pool,
-            policy,
+            leg,
+            routed: None,
+            fallbacks_used: Used::default(),
             switch,
             tried: SmallVec::new(),
             hedged: None,
@@ -94,9 +112,11 @@ impl Exchange {
             fresh: false,
             failed: None,
             last: None,
-            blamed: None,
+            inquest: Inquest::default(),
+            turn: None,
+            faults: SmallVec::new(),
             alarm: None,
-            wait_until: None,
+            waits: Waits::default(),
         })
     }
 
@@ -104,115 +124,57 @@ impl Exchange {
     // the attempt loop
     pub(super) async fn run(mut self: Box<Self>) -> Response<AnswerBody> {
         loop {
-            let choice = match self.choose().await {
+            let choice = match self.seek().await {
                 Ok(choice) => choice,
-                Err(refusal) => return self.nobody(&refusal),
+                Err(refusal) => return self.nobody(refusal),
             };
             let Tried { choice, outcome, watch } = self.attempt(choice).await;
             let verdict = retry::verdict(&outcome.facts);
             let next = self.decide(&outcome.facts, verdict);
             self.learn(&choice, &outcome, verdict, next);
+            if self.kills(&choice, &outcome).await {
+                return self.nobody(Refusal::Kills);
+            }
+            if let Some(leg) = self.leg_after(&outcome, verdict, next) {
+                self.leave_pool(leg, &choice, outcome, watch, next);
+                continue;
+            }
             match next {
-                Next::Relay | Next::RelayAsRequestFault => return self.relay(choice, outcome, watch),
                 Next::Failover | Next::Again => self.set_aside(&choice, outcome, watch, next),
+                Next::Relay | Next::RelayAsRequestFault => return self.relay(choice, outcome, watch),
                 Next::GiveUp(reason) => return self.give_up(choice, outcome, watch, reason),
             }
         }
     }
 
-    /// The backend of the next attempt: one not tried yet, else one tried before, else whoever comes in time.
-    async fn choose(&mut self) -> Result<Choice, Refusal> {
-        self.follow_reload();
-        let state = self.pool.state.clone();
-        let mut room = None;
+    /// The backend of the next attempt, here or at a pool that this one falls back to.
+    async fn seek(&mut self) -> Result<Choice, Refusal> {
+        if self.leg.pool.state.ward.is_armed() && self.ledger.attempts() == 0 {
+            self.keep_apart().await?;
+        }
         loop {
-            let nobody = match self.pick() {
-                Ok(choice) => return Ok(choice),
-                Err(Nobody::AllTried) => {
-                    let Some(until) = self.may_wait(Nobody::AllTried) else { return Err(self.all_failed()) };
-                    self.back_off(until).await;
-                    self.tried.clear();
-                    continue;
+            match self.choose().await {
+                Ok(choice) => {
+                    if let Some(turn) = &self.turn {
+                        turn.runs_at(choice.backend().id);
+                    }
+                    return Ok(choice);
                 }
-                Err(nobody) => nobody,
-            };
-            let Some(until) = self.may_wait(nobody) else { return Err(refusal(nobody)) };
-            match &room {
-                // One more look from inside the room: a change between look and entry would be missed.
-                None => room = Some(state.waiting()),
-                Some(room) => {
-                    let pause = until.since(clock::now());
-                    // Either way the next look tells.
-                    let _ = tokio::time::timeout(pause, room.changed()).await;
-                    self.follow_reload();
-                }
+                Err(refusal) if self.fall_back_from(&refusal) => {}
+                Err(refusal) => return Err(refusal),
             }
         }
     }
 
-    /// Everybody was tried and there is no time for another round.
-    fn all_failed(&self) -> Refusal {
-        match self.failed {
-            Some(Facts { sent: true, cause, .. }) => Refusal::Failed { cause, enough: "all_tried" },
-            // Nobody has even seen the request.
-            Some(_) | None => Refusal::Down,
-        }
-    }
-
-    fn pick(&self) -> Result<Choice, Nobody> {
-        self.worker.with_rng(|rng| self.pool.pick(&self.wanted(), rng))
-    }
-
-    pub(super) fn wanted(&self) -> Wanted<'_> {
-        Wanted {
-            tried: &self.tried,
-            class: self.asked.class,
-            model: self.pool.judged_model(self.asked.model.as_deref()),
-            affinity: self.asked.affinity,
-            prompt_bytes: self.asked.prompt_bytes,
-            replayable: self.is_replayable(),
-        }
-    }
-
-    /// Streams last for minutes: each attempt sees the pool as it is then.
-    fn follow_reload(&mut self) {
-        let snapshot = self.worker.directory.look();
-        if let Some(pool) = snapshot.pools.iter().find(|pool| Arc::ptr_eq(&pool.state, &self.pool.state))
-            && !Arc::ptr_eq(pool, &self.pool)
-        {
-            self.pool = pool.clone();
-        }
-    }
-
-    /// Everybody was tried: a pause before the next round, within the time for waiting.
-    async fn back_off(&mut self, until: Moment) {
-        self.rounds += 1;
-        let pause = self.worker.with_rng(|rng| backoff(&self.policy, self.rounds, rng));
-        tokio::time::sleep(pause.min(until.since(clock::now()))).await;
-    }
-
-    /// How long a backend may be waited for; `None` when it is enough or would be for nothing.
-    fn may_wait(&mut self, nobody: Nobody) -> Option<Moment> {
-        let now = clock::now();
-        let most = now + self.policy.wait_max;
-        let end = *self.wait_until.get_or_insert(self.asked.total.map_or(most, |total| total.min(most)));
-        match nobody {
-            _ if end <= now => None,
-            Nobody::Busy { until: Some(until) } if until > end => None,
-            Nobody::Busy { until: Some(until) } => Some(until.max(now + clock::ALARM_TICK).min(end)),
-            Nobody::Busy { until: None } | Nobody::Down | Nobody::AllTried => Some(end),
-        }
-    }
-
     pub(super) fn is_replayable(&self) -> bool {
-        !self.body.is_streamed() && self.policy.replay.allows(&self.asked.nature)
+        !self.body.is_streamed() && self.leg.policy.replay.allows(&self.asked.nature)
     }
 
     fn decide(&self, facts: &Facts, verdict: Verdict) -> Next {
         let first = self.history.attempts() == 0;
-        let state = &self.pool.state;
-        let budget = || state.may_retry(&self.policy, first);
-        match decide(&self.policy, &self.history, facts, verdict, self.is_replayable(), budget) {
+        let state = &self.leg.pool.state;
+        let budget = || state.may_retry(&self.leg.policy, first);
+        match decide(&self.leg.policy, &self.history, facts, verdict, self.is_replayable(), budget) {
             Next::Failover | Next::Again if !self.body.is_here() => Next::GiveUp(Reason::NotReplayable),
             next => next,
         }
@@ -222,7 +184,7 @@ impl Exchange {
     pub(super) fn learn(&mut self, choice: &Choice, outcome: &Outcome, verdict: Verdict, next: Next) {
         let facts = &outcome.facts;
         let own_fault = next == Next::RelayAsRequestFault;
-        if own_fault && let Some(receipt) = self.blamed.take() {
+        if own_fault && let Some((_, receipt)) = self.faults.pop() {
             receipt.forgive();
         }
         let (observation, counted) = match verdict {
@@ -248,13 +210,20 @@ impl Exchange {
                 choice.observe(about, Observation::Success, rng);
             }
         });
+        choice.count_attempt();
         if observation == Observation::Fault {
-            self.blamed = Some(choice.receipt());
+            choice.count_fault();
+            self.faults.push((facts.cause, choice.receipt()));
+        }
+        if verdict == Verdict::Success
+            && let Some(model) = &self.leg.model
+        {
+            choice.pool.state.serves(model);
         }
         self.note_speed(choice, outcome, verdict);
         if verdict == Verdict::Misconfigured {
             let at = &choice.backend().metrics;
-            let model = self.asked.model.as_deref();
+            let model = self.leg.model.as_deref();
             MisconfiguredBackend { at, model, saw: &facts.cause.name() }.emit(self.worker.telemetry());
         }
         let relayed = verdict == Verdict::Success && !whole;
@@ -288,56 +257,213 @@ impl Exchange {
     }
 
     pub(super) fn role(&self, choice: &Choice) -> &'static str {
-        match self.history.attempts() {
-            _ if self.hedged == Some(choice.backend().id) => "hedge",
-            0 => "first",
-            _ if self.ledger.has_tried(choice.backend()) => "retry",
-            _ => "failover",
+        match () {
+            () if self.hedged == Some(choice.backend().id) => "hedge",
+            () if self.ledger.has_only_hedges() => "first",
+            () if self.leg.is_fallback && self.history.attempts() == 0 => "fallback",
+            () if self.ledger.has_tried(choice.backend()) => "retry",
+            () => "failover",
         }
+    }
+
+    /// A request that killed replicas runs alone: one attempt, on a connection of its own.
+    async fn keep_apart(&mut self) -> Result<(), Refusal> {
+        let ward = &self.leg.pool.state.ward;
+        let Some(fingerprint) = self.fingerprint().filter(|fingerprint| ward.holds(*fingerprint)) else {
+            return Ok(());
+        };
+        let most = self.leg.policy.wait_max;
+        let turn = tokio::time::timeout(most, ward.turn(fingerprint));
+        self.turn = Box::pin(turn).await.map_err(|_elapsed| Refusal::Busy(most))?;
+        if self.turn.is_some() {
+            self.leg.policy.attempts_max = 1;
+            self.fresh = true;
+        }
+        Ok(())
+    }
+
+    fn fingerprint(&self) -> Option<u64> {
+        let routed = self.routed.as_ref().map_or(&self.leg, |routed| &routed.leg);
+        self.body.bytes().map(|bytes| fingerprint(routed.path.as_str(), bytes))
+    }
+
+    /// Whether this request has killed the backends it was sent to, so that no other is to have it.
+    async fn kills(&mut self, choice: &Choice, outcome: &Outcome) -> bool {
+        if !self.inquest.opens(choice, &outcome.facts) {
+            return false;
+        }
+        if !Box::pin(self.inquest.blames(&self.worker)).await {
+            return false;
+        }
+        if let Some(fingerprint) = self.fingerprint() {
+            let routed = self.routed.as_ref().map_or(&self.leg, |routed| &routed.leg);
+            for pool in self.inquest.pools().chain([&routed.pool]) {
+                pool.state.ward.remember(fingerprint);
+            }
+        }
+        RequestKills {
+            at: &self.leg.pool.state.metrics,
+            request_id: self.ledger.id.to_str().unwrap_or_default(),
+            backends: &self.inquest.backends(),
+        }
+        .emit(self.worker.telemetry());
+        self.last = None;
+        self.routed = None;
+        true
     }
 
     /// On to the next attempt.
     fn set_aside(&mut self, choice: &Choice, outcome: Outcome, watch: Watch, next: Next) {
         self.history.add(&outcome.facts);
         self.failed = Some(outcome.facts);
-        self.pool.state.metrics.count_retry(outcome.facts.cause.name());
+        if matches!(next, Next::Failover | Next::Again) {
+            self.leg.pool.state.metrics.count_retry(outcome.facts.cause.name());
+        }
         self.fresh = next == Next::Again;
         if next == Next::Failover {
             self.tried.push(choice.backend().id);
         }
         // Only what is whole can be shown later; the connection of anything else closes here.
         if let Some(answer @ (Answer::Whole { .. } | Answer::Refused { .. })) = outcome.answer {
-            self.last = Some(answer);
+            self.last = Some((answer, self.leg.named()));
         }
         self.alarm = Some(watch.into_alarm());
     }
 
+    /// The next pool that may take the request for `cause`, where there is one. Its entry is used up by this,
+    /// whatever becomes of the leg.
+    fn next_leg(&mut self, cause: FallbackCause) -> Option<Leg> {
+        while let Some(i) = self.fallback_for(cause) {
+            self.fallbacks_used.add(i);
+            let routed = self.routed.as_ref().map_or(&self.leg, |routed| &routed.leg);
+            let entry = &routed.pool.config.fallbacks[i];
+            let snapshot = self.worker.directory.look();
+            let pool = snapshot.pool(&entry.pool);
+            let model = self.ledger.model();
+            let leg = |pool| Leg::fallback(entry, pool, routed, &self.asked, &self.body, model);
+            if let Some(leg) = pool.and_then(leg) {
+                routed.pool.state.metrics.count_fallback(cause.name());
+                return Some(leg);
+            }
+        }
+        None
+    }
+
+    /// The entry that serves `cause`. Only work that any replica of any pool may do goes elsewhere.
+    fn fallback_for(&self, cause: FallbackCause) -> Option<usize> {
+        let routed = self.routed.as_ref().map_or(&self.leg, |routed| &routed.leg);
+        let list = &routed.pool.config.fallbacks;
+        let nature = &self.asked.nature;
+        let movable = !list.is_empty()
+            && self.turn.is_none()
+            && nature.inference
+            && !nature.stateful
+            && self.body.is_here();
+        if movable { self.fallbacks_used.next(list, cause) } else { None }
+    }
+
+    /// Where the request goes after an attempt that its own pool has no further answer to.
+    fn leg_after(&mut self, outcome: &Outcome, verdict: Verdict, next: Next) -> Option<Leg> {
+        let cause = match next {
+            Next::Relay
+                if self.fallback_for(FallbackCause::ContextLength).is_some() && is_too_long(outcome) =>
+            {
+                FallbackCause::ContextLength
+            }
+            Next::GiveUp(Reason::Attempts | Reason::Budget) if verdict == Verdict::Busy => {
+                FallbackCause::Busy
+            }
+            Next::GiveUp(Reason::Attempts | Reason::Budget) => FallbackCause::Unavailable,
+            Next::GiveUp(Reason::NotReplayable | Reason::Client | Reason::Time) => return None,
+            Next::Relay | Next::RelayAsRequestFault | Next::Failover | Next::Again => return None,
+        };
+        self.next_leg(cause)
+    }
+
+    /// Goes on at another pool, with all that is its own; `refusal` is what the client would have been told.
+    fn fall_back(&mut self, leg: Leg, refusal: Option<Refusal>) {
+        leg.pool.state.deposit();
+        self.history = History::new(leg.pool.members.len());
+        let before = std::mem::replace(&mut self.leg, leg);
+        self.routed.get_or_insert(Routed { leg: before, refusal });
+        self.tried.clear();
+        (self.rounds, self.fresh, self.failed, self.waits) = (0, false, None, Waits::default());
+    }
+
+    /// As [`Self::fall_back`], after an attempt.
+    fn leave_pool(&mut self, leg: Leg, choice: &Choice, outcome: Outcome, watch: Watch, next: Next) {
+        let refusal = match next {
+            Next::GiveUp(reason) => Some(self.failure(&outcome.facts, reason)),
+            _ => None,
+        };
+        self.set_aside(choice, outcome, watch, next);
+        self.fall_back(leg, refusal);
+    }
+
+    /// As [`Self::fall_back`], where no backend took an attempt. False when there is nothing left to do.
+    fn fall_back_from(&mut self, refusal: &Refusal) -> bool {
+        let cause = match refusal {
+            Refusal::Busy(_) | Refusal::QueueFull(_) | Refusal::QueueTimeout(_) => FallbackCause::Busy,
+            Refusal::Down | Refusal::Failed { .. } => FallbackCause::Unavailable,
+            _ => return false,
+        };
+        let used = self.fallbacks_used;
+        match self.next_leg(cause) {
+            Some(leg) => self.fall_back(leg, Some(refusal.clone())),
+            // None of the entries could take this request: now the pool is waited for like any other.
+            None if self.fallbacks_used != used => {}
+            None => return false,
+        }
+        true
+    }
+
     fn give_up(
-        self: Box<Self>,
+        mut self: Box<Self>,
         choice: Choice,
         outcome: Outcome,
         watch: Watch,
         reason: Reason,
     ) -> Response<AnswerBody> {
+        self.acquit();
         if outcome.answer.is_some() {
             return self.relay(choice, outcome, watch);
         }
-        let refusal = match reason {
-            Reason::Client => self.body.fault(),
-            _ if outcome.facts.phase == Phase::Connect => Refusal::Down,
-            _ => Refusal::Failed { cause: outcome.facts.cause, enough: reason.name() },
-        };
-        self.nobody(&refusal)
+        if let Some(turn) = self.turn.take_if(|_| may_be_a_death(&outcome.facts)) {
+            turn.broke();
+            return self.nobody(Refusal::Kills);
+        }
+        let refusal = self.failure(&outcome.facts, reason);
+        self.nobody(refusal)
     }
 
-    /// No further attempt: the latest answer if there was one, else an error of our own.
-    fn nobody(mut self: Box<Self>, refusal: &Refusal) -> Response<AnswerBody> {
+    /// Takes the faults back where every backend that was asked failed alike.
+    fn acquit(&mut self) {
+        let all = self.faults.len() == usize::from(self.ledger.attempts()) && self.ledger.asked_each_once();
+        if all && all_failed_alike(self.faults.iter().map(|(cause, _)| *cause)) {
+            self.faults.drain(..).for_each(|(_, receipt)| receipt.forgive());
+        }
+    }
+
+    fn failure(&self, facts: &Facts, reason: Reason) -> Refusal {
+        match reason {
+            Reason::Client => self.body.fault(),
+            _ if facts.phase == Phase::Connect => Refusal::Down,
+            _ => Refusal::Failed { cause: facts.cause, enough: reason.name() },
+        }
+    }
+
+    /// No further attempt: the latest answer if there was one, else an error of our own. What the routed pool
+    /// had to say comes before what another one says.
+    fn nobody(mut self: Box<Self>, refusal: Refusal) -> Response<AnswerBody> {
         match self.last.take() {
-            Some(Answer::Whole { head, body, trailers, held }) => {
-                self.whole(head, |ledger| AnswerBody::held(body, trailers, ledger, held))
+            Some((Answer::Whole { head, body, trailers, held }, pool)) => {
+                self.whole(head, pool, |ledger| AnswerBody::held(body, trailers, ledger, held))
             }
-            Some(Answer::Refused { status, body }) => self.refused(status, body),
-            _ => refuse(self.ledger, self.asked.dialect, refusal),
+            Some((Answer::Refused { status, body }, pool)) => self.refused(status, pool, body),
+            _ => {
+                let routed = self.routed.and_then(|routed| routed.refusal);
+                refuse(self.ledger, self.asked.dialect, &routed.unwrap_or(refusal))
+            }
         }
     }
 
@@ -345,23 +471,32 @@ impl Exchange {
     fn relay(mut self: Box<Self>, choice: Choice, outcome: Outcome, watch: Watch) -> Response<AnswerBody> {
         let taught = retry::verdict(&outcome.facts) != Verdict::Success;
         let cause = outcome.facts.cause;
+        // Who answers is alive, whatever the answer says; a stream has yet to come to its end.
+        let whole = matches!(outcome.answer, Some(Answer::Whole { .. } | Answer::Refused { .. }));
+        if let Some(turn) = self.turn.take_if(|_| whole) {
+            turn.served();
+        }
         match outcome.answer {
             None => {
                 let refusal = Refusal::Failed { cause, enough: "not_retried" };
-                self.nobody(&refusal)
+                self.nobody(refusal)
             }
             Some(Answer::Whole { head, body, trailers, held }) => {
-                self.whole(head, |ledger| AnswerBody::held(body, trailers, ledger, held))
+                let pool = self.leg.named();
+                self.whole(head, pool, |ledger| AnswerBody::held(body, trailers, ledger, held))
             }
-            Some(Answer::Refused { status, body }) => self.refused(status, body),
+            Some(Answer::Refused { status, body }) => {
+                let pool = self.leg.named();
+                self.refused(status, pool, body)
+            }
             Some(Answer::Begun { head, ahead, body }) => {
-                let idle = self.pool.config.clocks.body_idle;
+                let idle = self.leg.pool.config.clocks.body_idle;
                 let (head, serving, _) = self.serve(head, choice, watch, outcome.started, taught);
                 Response::from_parts(head, AnswerBody::plain(ahead, body, serving, idle))
             }
             Some(Answer::Tokens { head, ahead, stream, body }) => {
                 self.ledger.first_token();
-                let clocks = &self.pool.config.clocks;
+                let clocks = &self.leg.pool.config.clocks;
                 let silence =
                     Silence { inter_token: clocks.inter_token, max: clocks.silence_max, since: clock::now() };
                 let words = (self.asked.endpoint, self.asked.dialect);
@@ -386,20 +521,24 @@ impl Exchange {
     ) -> (response::Parts, Serving, Option<OnUpgrade>) {
         self.ledger.answered(head.status);
         head.headers.insert(X_REQUEST_ID, self.ledger.id.clone());
+        served_by(&mut head.headers, self.leg.named());
         let own_credentials = choice.member().params.own_credentials;
-        let serving = Serving { choice, ledger: self.ledger, watch, started, own_credentials, told };
+        let turn = self.turn;
+        let serving = Serving { choice, ledger: self.ledger, watch, started, own_credentials, told, turn };
         (head, serving, self.switch)
     }
 
     fn whole(
         mut self: Box<Self>,
         mut head: response::Parts,
+        pool: Option<HeaderValue>,
         body: impl FnOnce(Ledger) -> AnswerBody,
     ) -> Response<AnswerBody> {
         self.ledger.answered(head.status);
         self.ledger.ended(End::Complete);
         self.say_when_to_return(&mut head);
         head.headers.insert(X_REQUEST_ID, self.ledger.id.clone());
+        served_by(&mut head.headers, pool);
         Response::from_parts(head, body(self.ledger))
     }
 
@@ -408,15 +547,20 @@ impl Exchange {
         if !matches!(head.status.as_u16(), 429 | 503 | 529) {
             return;
         }
-        let model = self.pool.judged_model(self.asked.model.as_deref());
-        if let Some(until) = self.pool.busy_until(model) {
+        let model = self.leg.pool.judged_model(self.leg.model.as_deref());
+        if let Some(until) = self.leg.pool.busy_until(model) {
             head.headers.insert(header::RETRY_AFTER, whole_seconds(until.since(clock::now())));
             head.headers.remove("retry-after-ms");
         }
     }
 
     /// An error that stood where a stream should have begun becomes a real status.
-    fn refused(mut self: Box<Self>, status: StatusCode, body: bytes::Bytes) -> Response<AnswerBody> {
+    fn refused(
+        mut self: Box<Self>,
+        status: StatusCode,
+        pool: Option<HeaderValue>,
+        body: bytes::Bytes,
+    ) -> Response<AnswerBody> {
         self.ledger.answered(status);
         self.ledger.ended(End::Complete);
         let mut response = Response::new(());
@@ -424,68 +568,29 @@ impl Exchange {
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
         headers.insert(X_REQUEST_ID, self.ledger.id.clone());
+        served_by(headers, pool);
         response.map(|()| AnswerBody::whole(body, None, self.ledger))
     }
 }
 
-/// Makes sure that a connection to some backend of `pool` stands: `100 Continue` promises that the body
-/// has somewhere to go. Waits `wait` for one, as an exchange would.
-///
-/// # Errors
-/// When none can be made.
-pub(super) async fn stand_by(
-    worker: &Worker,
-    pool: &Arc<Pool>,
-    asked: &Wanted<'_>,
-    wait: Duration,
-) -> Result<(), Refusal> {
-    let until = clock::now() + wait;
-    let mut room = None;
-    let mut tried: SmallVec<[BackendId; 4]> = SmallVec::new();
-    loop {
-        let wanted = Wanted { tried: &tried, ..*asked };
-        let nobody = match worker.with_rng(|rng| pool.pick(&wanted, rng)) {
-            Ok(choice) if connects(worker, &choice).await => return Ok(()),
-            Ok(choice) => {
-                tried.push(choice.backend().id);
-                continue;
-            }
-            Err(nobody) => nobody,
-        };
-        let left = until.since(clock::now());
-        if left.is_zero() {
-            return Err(refusal(nobody));
+/// A prompt that is longer than the model's context, and nothing else: a filter's word is final.
+fn is_too_long(outcome: &Outcome) -> bool {
+    let status = match outcome.facts.cause {
+        Cause::Status(status) | Cause::ErrorInside(ErrorClass::ClientFault(status)) => status,
+        _ => return false,
+    };
+    let Ok(status) = StatusCode::from_u16(status) else { return false };
+    match &outcome.answer {
+        Some(Answer::Whole { body, .. } | Answer::Refused { body, .. }) => {
+            is_context_length(status, body) && !is_content_filter(status, body)
         }
-        match &room {
-            // One more look from inside the room: a change between look and entry would be missed.
-            None => room = Some(pool.state.waiting()),
-            Some(room) => {
-                // Either way the next look tells.
-                let _ = tokio::time::timeout(left.min(STAND_BY_LOOK), room.changed()).await;
-                tried.clear();
-            }
-        }
+        _ => false,
     }
 }
 
-/// Whether a connection stands, or can be made.
-async fn connects(worker: &Worker, choice: &Choice) -> bool {
-    let member = choice.member();
-    match member.backend.lane(worker.index).lease(&member.target, Want::Any).await {
-        Ok(lease) => {
-            lease.give_back();
-            true
-        }
-        Err(_refused) => {
-            worker.with_rng(|rng| choice.observe(About::Backend, Observation::Fault, rng));
-            false
-        }
-    }
-}
-
-fn refusal(nobody: Nobody) -> Refusal {
-    match nobody {
-        Nobody::Busy { until } => Refusal::Busy(until.map(|until| until.since(clock::now()))),
-        Nobody::Down | Nobody::AllTried => Refusal::Down,
+/// Says which pool served, where that is not the routed one.
+fn served_by(headers: &mut HeaderMap, pool: Option<HeaderValue>) {
+    if let Some(pool) = pool {
+        headers.insert(X_EVERGATE_POOL, pool);
     }
 }

@@ -19,6 +19,8 @@ const REQUEST_ID_BYTES_MAX: usize = 128;
 pub(super) const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Number of the attempt, so that retries stacked over layers can be seen.
 pub(super) const X_EVERGATE_ATTEMPT: HeaderName = HeaderName::from_static("x-evergate-attempt");
+/// The pool that served, towards the client, where that is not the one the request was routed to.
+pub(super) const X_EVERGATE_POOL: HeaderName = HeaderName::from_static("x-evergate-pool");
 const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");

@@ -5,7 +5,7 @@
 //! after all teaches nothing.
 
 use std::future::poll_fn;
-use std::pin::{Pin, pin};
+use std::pin::Pin;
 use std::sync::Arc;
 use std::task::Poll;
 
@@ -65,21 +65,23 @@ impl Exchange {
             () => Want::Any,
         };
         let alarm = self.alarm.take().unwrap_or_else(|| self.worker.alarms.alarm());
-        let mut watch = Watch::new(alarm, self.asked.total);
+        let mut watch = Watch::new(alarm, self.leg.total);
         // Shared by the two, of which only one is ever polled at a time.
         let body = Mutex::new(std::mem::take(&mut self.body));
         let raced = {
             let attempt = Attempt {
                 worker: &self.worker,
                 asked: &self.asked,
+                leg: &self.leg,
                 choice: &choice,
-                number: self.history.attempts() + 1,
+                number: u32::from(self.ledger.attempts()) + 1,
                 want,
                 movable,
                 watch: &mut watch,
             };
-            let first = pin!(attempt.run(|| body.lock().out()));
-            self.race(first, &choice, movable.then_some(&body)).await
+            // Boxed: it is the largest part of all futures around it, and they are moved more often than it is made.
+            let mut first = Box::pin(attempt.run(|| body.lock().out(self.leg.body.as_ref())));
+            self.race(first.as_mut(), &choice, movable.then_some(&body)).await
         };
         watch.keep();
         self.body = body.into_inner();
@@ -114,7 +116,9 @@ impl Exchange {
                 failed_first = Some(Box::new(outcome));
             }
             if body.is_some() && failed_first.is_none() && choice.in_flight.is_late() {
-                beside = body.take().and_then(|body| self.begin_beside(choice, body.lock().out()));
+                beside = body
+                    .take()
+                    .and_then(|body| self.begin_beside(choice, body.lock().out(self.leg.body.as_ref())));
             }
             if let Some(second) = &mut beside
                 && let Poll::Ready(tried) = second.running.as_mut().poll(cx)
@@ -133,22 +137,30 @@ impl Exchange {
 
     /// A second attempt, if somebody can take it and the pool can afford it.
     fn begin_beside(&self, late: &Choice, body: OutBody) -> Option<Beside<'_>> {
+        // Slots are short: those who wait need them more.
+        if self.leg.pool.state.waiters() > 0 {
+            return None;
+        }
         let tried: smallvec::SmallVec<[_; 4]> =
             self.tried.iter().copied().chain([late.backend().id]).collect();
         // Never somebody's trial: what is late already must not wait for a convalescent.
         let wanted = Wanted { tried: &tried, replayable: false, ..self.wanted() };
-        let choice = self.worker.with_rng(|rng| self.pool.pick(&wanted, rng)).ok()?;
-        let Some(hedge) = self.pool.state.may_hedge(&self.policy, &self.pool.config.progress) else {
-            self.pool.state.metrics.count_hedge("refused");
+        let choice = self.worker.with_rng(|rng| self.leg.pool.pick(&wanted, rng)).ok()?;
+        let Some(hedge) = self.leg.pool.state.may_hedge(&self.leg.policy, &self.leg.pool.config.progress)
+        else {
+            self.leg.pool.state.metrics.count_hedge("refused");
+            choice.nothing_sent();
             return None;
         };
         let backend = choice.backend().clone();
-        let (worker, asked, number) = (&self.worker, &self.asked, self.history.attempts() + 2);
+        let (worker, asked, leg) = (&self.worker, &self.asked, &self.leg);
+        let number = u32::from(self.ledger.attempts()) + 2;
         let running = Box::pin(async move {
-            let mut watch = Watch::new(worker.alarms.alarm(), asked.total);
+            let mut watch = Watch::new(worker.alarms.alarm(), leg.total);
             let attempt = Attempt {
                 worker,
                 asked,
+                leg,
                 choice: &choice,
                 number,
                 want: Want::Any,
@@ -164,7 +176,7 @@ impl Exchange {
 
     /// Writes down what is not gone on with, and returns what is.
     fn settle_race(&mut self, choice: Choice, raced: Raced, watch: Watch) -> Tried {
-        let metrics = &self.pool.state.metrics;
+        let metrics = &self.leg.pool.state.metrics;
         if let Some((backend, started)) = raced.cancelled {
             metrics.count_hedge("lost");
             // What is gone on with is written down after it.
@@ -210,7 +222,7 @@ impl Exchange {
 
     /// The late one of two was cancelled because the other spoke first.
     fn overtaken(&mut self, late: &Choice, by: &Outcome) {
-        if by.facts.took < self.pool.soft_first_token(late.in_flight.kind()) {
+        if by.facts.took < self.leg.pool.soft_first_token(late.in_flight.kind()) {
             // Its class is as fast as ever: that it was cut off says nothing about the class.
             late.in_flight.rests();
         }
@@ -228,6 +240,8 @@ impl Exchange {
         let verdict = verdict(&failed.outcome.facts);
         self.learn(&failed.choice, &failed.outcome, verdict, Next::Failover);
         self.history.add(&failed.outcome.facts);
+        // The one it ran beside is about to be looked into; it remembers this one then.
+        self.inquest.opens(&failed.choice, &failed.outcome.facts);
         self.tried.push(failed.choice.backend().id);
     }
 }

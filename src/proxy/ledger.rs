@@ -44,7 +44,7 @@ pub(super) struct Ledger {
 pub(super) struct Entry {
     /// Where it went.
     pub backend: Arc<Backend>,
-    /// `first`, `retry` or `failover`.
+    /// `first`, `retry`, `failover` or `fallback`.
     pub role: &'static str,
     /// What became of it.
     pub outcome: AttemptOutcome,
@@ -127,9 +127,25 @@ impl Ledger {
         }
     }
 
+    /// The model that was asked for.
+    pub(super) fn model(&self) -> Option<&str> {
+        self.model.as_deref()
+    }
+
     /// Whether an attempt went there before.
     pub(super) fn has_tried(&self, backend: &Arc<Backend>) -> bool {
         self.attempts.iter().any(|entry| Arc::ptr_eq(&entry.backend, backend))
+    }
+
+    /// Whether no attempt was made but beside one that is not written down yet.
+    pub(super) fn has_only_hedges(&self) -> bool {
+        self.attempts.iter().all(|entry| entry.role == "hedge")
+    }
+
+    /// Whether no backend was asked twice.
+    pub(super) fn asked_each_once(&self) -> bool {
+        let mut entries = self.attempts.iter().enumerate();
+        entries.all(|(i, one)| self.attempts[..i].iter().all(|two| !Arc::ptr_eq(&one.backend, &two.backend)))
     }
 
     /// Attempts so far.
@@ -163,6 +179,7 @@ impl Ledger {
             .attempts
             .iter()
             .map(|entry| AttemptRecord {
+                pool: &entry.backend.pool,
                 backend: &entry.backend.name,
                 role: entry.role,
                 outcome: entry.outcome,

@@ -10,7 +10,9 @@ mod client;
 mod exchange;
 mod headers;
 mod hedge;
+mod inquest;
 mod ledger;
+mod leg;
 mod models;
 mod relay;
 mod replay_body;
@@ -28,21 +30,19 @@ pub use worker::{Memory, Worker};
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use http::{Method, Request, Response, header, request};
 use http_body::Body;
 use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
 
-use crate::policy::balance::{AffinityKey, stable_hash};
 use crate::policy::dialect::{Dialect, Endpoint, request_facts};
-use crate::policy::json;
-use crate::policy::retry::RetryPolicy;
+use crate::policy::fallback::FallbackCause;
 use crate::policy::route::{Head, NoRoute, Routed};
-use crate::pool::{Class, Pool, Snapshot, Wanted};
+use crate::pool::{Class, Snapshot, Wanted};
 use crate::proxy::admit::Asked;
 use crate::proxy::exchange::Exchange;
 use crate::proxy::ledger::Ledger;
+use crate::proxy::leg::Leg;
 use crate::proxy::replay_body::{Bounds, ReplayBody};
 use crate::proxy::respond::{Refusal, refuse};
 
@@ -70,9 +70,9 @@ impl Worker {
             return models::answer(list, ledger);
         }
         match self.prepare(&snapshot, &mut head, incoming, &client, (endpoint, dialect), &mut ledger).await {
-            Ok((asked, body, pool, policy)) => {
+            Ok((asked, body, leg)) => {
                 let switch = head.extensions.remove::<OnUpgrade>().filter(|_| asked.upgrade.is_some());
-                Exchange::new(asked, body, ledger, pool, policy, switch).run().await
+                Exchange::new(asked, body, ledger, leg, switch).run().await
             }
             Err(refusal) => refuse(ledger, dialect, &refusal),
         }
@@ -93,7 +93,7 @@ impl Worker {
         client: &Client,
         (endpoint, dialect): (Endpoint, Dialect),
         ledger: &mut Ledger,
-    ) -> Result<(Asked, ReplayBody, Arc<Pool>, RetryPolicy), Refusal> {
+    ) -> Result<(Asked, ReplayBody, Leg), Refusal> {
         let config = &snapshot.config;
         if head.headers.contains_key(header::EXPECT) && !incoming.is_end_stream() {
             self.stand_by(snapshot, head).await?;
@@ -105,6 +105,13 @@ impl Worker {
             keep: endpoint.is_inference() && dialect != Dialect::Grpc,
         };
         let mut body = ReplayBody::receive(incoming, &bounds, &self.alarms).await?;
+        if body.was_shed() {
+            self.telemetry().metrics.count_limit("memory_max");
+            // Unread, it would go anywhere.
+            if snapshot.routes.needs_model(&view(head)) {
+                return Err(Refusal::Memory);
+            }
+        }
         ledger.bytes_in = body.bytes().map_or(0, |bytes| bytes.len() as u64);
 
         let readable = body.bytes().filter(|_| !head.headers.contains_key(header::CONTENT_ENCODING)).cloned();
@@ -117,39 +124,51 @@ impl Worker {
         let routed = route(snapshot, head, named)?;
         let pool = &snapshot.pools[routed.pool];
         ledger.routed(pool, named);
-        if let (Some(rename), Some(span)) = (routed.rename, facts.model_span.clone()) {
-            body.replace(renamed(&bytes, span, rename));
+        let mut model_span = facts.model_span.clone();
+        if let (Some(rename), Some(span)) = (routed.rename, &mut model_span) {
+            body.replace(leg::renamed_body(&bytes, span.clone(), rename));
+            span.end = span.start + leg::literal(rename).len();
         }
         let mut path = admit::target(head);
         if let (Some(rename), None, Some(model)) = (routed.rename, &facts.model, in_path) {
             path = admit::renamed_target(&path, model, rename).unwrap_or(path);
         }
         let rule = routed.rule.map(|rule| &config.routes[rule]);
-        let mut policy = pool.config.retry.clone();
-        policy.replay = rule.and_then(|rule| rule.replay).unwrap_or(policy.replay);
+        let replay = rule.and_then(|rule| rule.replay);
         let total = rule.and_then(|rule| rule.total).or(pool.config.clocks.total);
+        let total = total.map(|total| ledger.started + total);
         let mut nature = admit::nature(head, endpoint);
         nature.stateful = facts.stateful.is_some();
+        let leg = Leg {
+            pool: pool.clone(),
+            policy: leg::policy(pool, replay),
+            path,
+            model: routed.rename.or(named).map(str::to_owned),
+            body: None,
+            affinity: leg::affinity(pool, &head.headers, &bytes),
+            total,
+            is_fallback: false,
+        };
         let asked = Asked {
             id: ledger.id.clone(),
             endpoint,
             dialect,
             method: head.method.clone(),
-            path,
             upgrade: headers::upgrade(head),
-            model: routed.rename.or(named).map(str::to_owned),
+            model_span,
             stream: facts.stream,
             choices: facts.choices.max(1),
             nature,
             class: Class::of(endpoint, facts.stream),
-            affinity: affinity(pool, head, &bytes),
             prompt_bytes: ledger.bytes_in,
             uploads: body.is_streamed(),
-            total: total.map(|total| ledger.started + total),
+            total,
+            replay,
+            priority: rule.and_then(|rule| rule.priority),
             limits: config.limits.clone(),
             headers: admit::outgoing_headers(head, endpoint, client, &ledger.id),
         };
-        Ok((asked, body, pool.clone(), policy))
+        Ok((asked, body, leg))
     }
 
     /// `Expect: 100-continue` is answered (by reading the body) only when a backend connection stands.
@@ -161,7 +180,9 @@ impl Worker {
             model: None,
             affinity: None,
             prompt_bytes: 0,
+            only: None,
             replayable: false,
+            paid: false,
         };
         if snapshot.routes.needs_model(&view(head)) {
             // Which pool it will be only the body says: a connection to any is promise enough.
@@ -172,6 +193,16 @@ impl Worker {
             }
         }
         let pool = &snapshot.pools[routed.pool];
+        for other in
+            pool.config.fallbacks.iter().filter(|entry| entry.on.contains(&FallbackCause::Unavailable))
+        {
+            // The body will be taken at once by the one or the other.
+            for pool in [Some(pool), snapshot.pool(&other.pool)].into_iter().flatten() {
+                if exchange::stand_by(self, pool, &wanted, Duration::ZERO).await.is_ok() {
+                    return Ok(());
+                }
+            }
+        }
         exchange::stand_by(self, pool, &wanted, pool.config.retry.wait_max).await
     }
 }
@@ -200,31 +231,6 @@ fn view(head: &request::Parts) -> Head<'_> {
     Head { path: head.uri.path(), host, headers: &head.headers }
 }
 
-/// The one documented edit of a client's body, by splicing: everything else stays as it was written.
-fn renamed(body: &Bytes, span: std::ops::Range<usize>, name: &str) -> Bytes {
-    let mut literal = Vec::with_capacity(name.len() + 2);
-    json::write_string(&mut literal, name);
-    json::splice(body, span, literal.into()).concat().into()
-}
-
-/// What makes this request alike to others, where the pool's balance looks at that.
-fn affinity(pool: &Pool, head: &request::Parts, body: &[u8]) -> Option<u64> {
-    match pool.config.balance.affinity_key()? {
-        AffinityKey::Header(name) => head.headers.get(name).map(|value| stable_hash(value.as_bytes())),
-        AffinityKey::PromptPrefix { bytes } => {
-            let mut prompt: &[u8] = &[];
-            // The last member of a name counts; a body that is no object has no prompt.
-            let _ = json::scan_top_level(body, |name, value| {
-                if matches!(name, b"messages" | b"prompt" | b"input" | b"inputs" | b"text_input") {
-                    prompt = value.raw();
-                }
-                std::ops::ControlFlow::Continue(())
-            });
-            (!prompt.is_empty()).then(|| stable_hash(&prompt[..prompt.len().min(*bytes)]))
-        }
-    }
-}
-
 #[cfg(test)]
 mod sizes {
     use super::*;
@@ -240,6 +246,6 @@ mod sizes {
     #[test]
     fn what_is_moved_for_each_request_stays_small() {
         let sizes = (of(Worker::answer), of_one(Exchange::run));
-        assert!(sizes.0 <= 4224 && sizes.1 <= 2112, "{sizes:?}");
+        assert!(sizes.0 <= 2816 && sizes.1 <= 704, "{sizes:?}");
     }
 }

@@ -17,8 +17,9 @@ use http_body::{Body, Frame, SizeHint};
 use crate::clock;
 use crate::policy::Moment;
 use crate::policy::health::Observation;
+use crate::policy::poison::may_be_a_death;
 use crate::policy::retry::{Cause, Facts, Phase, Verdict, verdict};
-use crate::pool::{About, Choice};
+use crate::pool::{About, Choice, Turn};
 use crate::proxy::attempt::{cut, grpc_cause};
 use crate::proxy::ledger::Ledger;
 use crate::proxy::sse_relay::EventRelay;
@@ -156,17 +157,23 @@ pub(super) struct Serving {
     pub(super) own_credentials: bool,
     /// The attempt's outcome has been told: by then it is only its bytes that matter.
     pub(super) told: bool,
+    /// It is kept apart until it has ended.
+    pub(super) turn: Option<Turn>,
 }
 
 impl Serving {
     /// The answer is complete.
     pub(super) fn complete(&mut self) {
+        self.turn.take().into_iter().for_each(Turn::served);
         self.tell(AttemptOutcome::Success, Observation::Success, "", "");
         self.ledger.ended(End::Complete);
     }
 
     /// The backend broke its answer off.
     pub(super) fn broke(&mut self, phase: Phase, cause: Cause, end: End) {
+        if cause.lost_connection() {
+            self.choice.lost_connection();
+        }
         let facts = Facts {
             sent: true,
             answered: true,
@@ -174,6 +181,9 @@ impl Serving {
             own_credentials: self.own_credentials,
             ..Facts::new(phase, cause)
         };
+        if let Some(turn) = self.turn.take_if(|_| may_be_a_death(&facts)) {
+            turn.broke();
+        }
         let (outcome, observation) = match verdict(&facts) {
             Verdict::Fault | Verdict::Misconfigured => (AttemptOutcome::Fault, Observation::Fault),
             Verdict::Busy => (AttemptOutcome::Busy, Observation::Busy { until: None }),
@@ -195,6 +205,9 @@ impl Serving {
             return;
         }
         self.ledger.attempt_ended(outcome, cause, phase);
+        if observation == Observation::Fault {
+            self.choice.count_fault();
+        }
         let worker = Arc::clone(self.ledger.worker());
         worker.with_rng(|rng| self.choice.observe(About::Model, observation, rng));
     }

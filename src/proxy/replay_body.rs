@@ -2,7 +2,7 @@
 //!
 //! Inference bodies are kept up to `replay_body_max`, small announced ones of other requests too. Kept bodies
 //! are shared bytes: sending them again copies nothing. What is longer streams to one backend behind the part
-//! that was read.
+//! that was read, and so does what there is no memory for.
 
 use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
@@ -72,9 +72,6 @@ impl ReplayBody {
         if announced.is_some_and(|length| length > max as u64) {
             return Ok(Self::streamed(upload));
         }
-        if bounds.memory.held() + announced.unwrap_or(0) > bounds.limits.memory_max {
-            return Err(Refusal::Memory);
-        }
         // What was announced takes no memory until it comes, or a few idle clients would take it all.
         let mut held = Held::default();
         let mut whole = Gathered::new(announced);
@@ -84,6 +81,7 @@ impl ReplayBody {
             whole.push(chunk);
             if whole.len() > max || !fits {
                 upload.prefix = Some(whole.finish());
+                upload.shed = !fits;
                 return Ok(Self::streamed(upload));
             }
         }
@@ -95,11 +93,12 @@ impl ReplayBody {
         Self::Streamed(Some(upload), fault)
     }
 
-    /// What is sent to a backend; a streamed body is given away.
-    pub(super) fn out(&mut self) -> OutBody {
+    /// What is sent to a backend: `instead` of a body that was kept, where there is another for its pool. A
+    /// streamed body is given away.
+    pub(super) fn out(&mut self, instead: Option<&Bytes>) -> OutBody {
         match self {
             Self::Empty => OutBody::Empty,
-            Self::Whole { bytes, .. } => OutBody::Whole(Some(bytes.clone())),
+            Self::Whole { bytes, .. } => OutBody::Whole(Some(instead.unwrap_or(bytes).clone())),
             Self::Streamed(upload, _) => match upload.take() {
                 Some(upload) => OutBody::Streamed(Box::pin(upload)),
                 None => OutBody::Empty,
@@ -115,6 +114,11 @@ impl ReplayBody {
     /// Whether it comes while it is sent.
     pub(super) fn is_streamed(&self) -> bool {
         matches!(self, Self::Streamed(..))
+    }
+
+    /// Whether it would have been kept, had there been memory for it.
+    pub(super) fn was_shed(&self) -> bool {
+        matches!(self, Self::Streamed(Some(Upload { shed: true, .. }), _))
     }
 
     /// Its bytes, where they are all here.
@@ -179,6 +183,8 @@ impl Gathered {
 pub(super) struct Upload {
     /// Read already.
     prefix: Option<Bytes>,
+    /// For want of memory it is not kept.
+    shed: bool,
     incoming: Incoming,
     received: u64,
     bytes_max: u64,
@@ -196,6 +202,7 @@ impl Upload {
     fn new(incoming: Incoming, bounds: &Bounds<'_>, alarms: &Alarms) -> Self {
         Self {
             prefix: None,
+            shed: false,
             incoming,
             received: 0,
             bytes_max: bounds.limits.body_bytes_max,

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, Response, StatusCode, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header};
 
 use crate::policy::dialect::{
     Dialect, Endpoint, Rejection, error_body, error_event, grpc_message, grpc_status,
@@ -16,6 +16,8 @@ use crate::proxy::ledger::Ledger;
 use crate::proxy::relay::AnswerBody;
 use crate::telemetry::metrics::End;
 
+/// Read by the client libraries of OpenAI and Anthropic before they send a failed request again.
+const X_SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
 /// `Retry-After` when nothing better is known: a pool whose backends are down is probed every second.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
@@ -49,8 +51,12 @@ pub(super) enum Refusal {
     NoRoute,
     /// No backend is up.
     Down,
-    /// All backends are busy until then, if known.
-    Busy(Option<Duration>),
+    /// All backends have asked for a pause, of which so much is left.
+    Busy(Duration),
+    /// All slots are taken, and all places of the queue; when to come back.
+    QueueFull(Duration),
+    /// It waited for a slot in vain; when to come back.
+    QueueTimeout(Duration),
     /// The attempts failed; this is how the last one did.
     Failed {
         /// The last failure.
@@ -58,6 +64,8 @@ pub(super) enum Refusal {
         /// Why there was no further attempt.
         enough: &'static str,
     },
+    /// It has killed the replicas that touched it, and is sent to no more of them.
+    Kills,
     /// The backend's answer broke off after the client had seen part of it.
     Lost(Cause),
 }
@@ -76,6 +84,9 @@ impl Refusal {
             Self::NoRoute => "no_route",
             Self::Down => "no_backend_available",
             Self::Busy(_) => "backends_busy",
+            Self::Kills => "request_kills_backends",
+            Self::QueueFull(_) => "queue_full",
+            Self::QueueTimeout(_) => "queue_timeout",
             Self::Failed { cause, .. } | Self::Lost(cause) if is_timeout(*cause) => "backend_timeout",
             Self::Failed { .. } => "backend_failed",
             Self::Lost(_) => "replica_lost",
@@ -91,18 +102,31 @@ impl Refusal {
             Self::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::UploadTimeout => StatusCode::REQUEST_TIMEOUT,
             Self::UnknownModel { .. } | Self::NoRoute => StatusCode::NOT_FOUND,
-            Self::Memory | Self::Down | Self::Busy(_) => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Memory | Self::Down | Self::Busy(_) | Self::QueueFull(_) | Self::QueueTimeout(_) => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
             Self::Failed { cause, .. } | Self::Lost(cause) if is_timeout(*cause) => {
                 StatusCode::GATEWAY_TIMEOUT
             }
-            Self::Failed { .. } | Self::Lost(_) => StatusCode::BAD_GATEWAY,
+            Self::Failed { .. } | Self::Lost(_) | Self::Kills => StatusCode::BAD_GATEWAY,
         }
     }
 
     fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::Memory | Self::Down => Some(RETRY_AFTER),
-            Self::Busy(until) => Some(until.unwrap_or(RETRY_AFTER)),
+            Self::Busy(after) | Self::QueueFull(after) | Self::QueueTimeout(after) => Some(*after),
+            _ => None,
+        }
+    }
+
+    /// Why there was no backend for it, for metrics; none where that was not the reason.
+    pub(super) fn queue_reason(&self) -> Option<&'static str> {
+        match self {
+            Self::Down => Some("down"),
+            Self::Busy(_) => Some("busy"),
+            Self::QueueFull(_) => Some("full"),
+            Self::QueueTimeout(_) => Some("timeout"),
             _ => None,
         }
     }
@@ -134,9 +158,15 @@ impl Refusal {
             Self::NoRoute => "no pool takes this request".into(),
             Self::Down => "no backend is available; try again shortly".into(),
             Self::Busy(_) => "all backends are busy; try again shortly".into(),
+            Self::QueueFull(_) => "too many requests are waiting for a backend; try again later".into(),
+            Self::QueueTimeout(_) => "no backend had room for this request in time; try again later".into(),
             Self::Failed { cause, enough } => format!(
                 "the backends failed this request ({attempts} attempts, last: {}; {enough})",
                 cause.name()
+            )
+            .into(),
+            Self::Kills => format!(
+                "every backend that took this request died of it ({attempts} attempts); do not send it again"
             )
             .into(),
             Self::Lost(cause) => {
@@ -194,6 +224,9 @@ pub(super) fn refuse(mut ledger: Ledger, dialect: Dialect, refusal: &Refusal) ->
     if let Some(after) = rejection.retry_after {
         headers.insert(header::RETRY_AFTER, whole_seconds(after));
     }
+    if matches!(refusal, Refusal::Kills) {
+        headers.insert(X_SHOULD_RETRY, HeaderValue::from_static("false"));
+    }
     if refusal.closes() {
         headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
@@ -215,7 +248,9 @@ pub(super) fn whole_seconds(after: Duration) -> HeaderValue {
 /// gRPC over HTTP/2, "Trailers-Only": the status travels in the one block of fields there is.
 fn grpc_trailers_only(headers: &mut HeaderMap, rejection: &Rejection<'_>) {
     headers.insert("grpc-status", grpc_status(rejection.status).into());
-    if let Ok(message) = HeaderValue::from_str(&grpc_message(&rejection.message)) {
+    if let Ok(message) =
+        HeaderValue::from_str(&grpc_message(&format!("{}: {}", rejection.code, rejection.message)))
+    {
         headers.insert("grpc-message", message);
     }
 }

@@ -58,17 +58,14 @@ struct Account {
     held: AtomicU64,
 }
 
-impl Memory {
-    /// Sets `bytes` aside if that stays within `max`.
-    pub(super) fn hold(&self, bytes: u64, max: u64) -> Option<Held> {
-        if bytes == 0 {
-            return Some(Held { account: None, bytes: 0 });
-        }
-        let before = self.0.held.fetch_add(bytes, Ordering::Relaxed);
-        let held = Held { account: Some(self.0.clone()), bytes };
-        (before + bytes <= max).then_some(held)
-    }
+/// From this share of the bound on it counts how large an item is, in tenths.
+const SCARCE_TENTHS: u64 = 8;
+/// Then an item may be at most this part of what is left free: large ones are let go while small ones still
+/// find room, and the less is left the smaller they must be. The rule by which switches share their buffers
+/// (Choudhury and Hahne, "Dynamic Queue Length Thresholds for Shared-Memory Packet Switches", 1998).
+const SCARCE_PART: u64 = 8;
 
+impl Memory {
     /// Bytes held now.
     pub fn held(&self) -> u64 {
         self.0.held.load(Ordering::Relaxed)
@@ -83,16 +80,23 @@ pub(super) struct Held {
 }
 
 impl Held {
-    /// Sets `more` bytes aside as well; false when that would exceed `max`.
+    /// Sets `more` bytes aside as well; false when that would exceed `max`, or when this item has become too
+    /// large for what is left of it. Then nothing more is set aside.
     pub(super) fn grow(&mut self, memory: &Memory, more: u64, max: u64) -> bool {
-        match memory.hold(more, max) {
-            Some(mut extra) => {
-                self.bytes += std::mem::take(&mut extra.bytes);
-                self.account = self.account.take().or(extra.account.take());
-                true
-            }
-            None => false,
+        if more == 0 {
+            return true;
         }
+        let all = memory.0.held.fetch_add(more, Ordering::Relaxed) + more;
+        let free = max.saturating_sub(all);
+        let scarce = all > max / 10 * SCARCE_TENTHS;
+        let fits = all <= max && (!scarce || self.bytes + more <= free / SCARCE_PART);
+        if fits {
+            self.bytes += more;
+            self.account.get_or_insert_with(|| memory.0.clone());
+        } else {
+            memory.0.held.fetch_sub(more, Ordering::Relaxed);
+        }
+        fits
     }
 }
 
@@ -111,17 +115,41 @@ mod tests {
     #[test]
     fn memory_is_given_back_and_never_exceeded() {
         let memory = Memory::default();
-        let mut first = memory.hold(60, 100).unwrap();
-        assert!(memory.hold(50, 100).is_none());
+        let mut first = Held::default();
+        assert!(first.grow(&memory, 60, 100) && first.grow(&memory, 0, 100));
+        let mut second = Held::default();
+        assert!(!second.grow(&memory, 50, 100));
         assert_eq!(memory.held(), 60);
-        assert!(first.grow(&memory, 40, 100));
-        assert!(!first.grow(&memory, 1, 100));
-        assert_eq!(memory.held(), 100);
+        assert!(first.grow(&memory, 20, 100));
         drop(first);
         assert_eq!(memory.held(), 0);
-        let mut empty = Held::default();
-        assert!(empty.grow(&memory, 7, 100));
-        drop(empty);
+        assert!(second.grow(&memory, 7, 100));
+        drop(second);
         assert_eq!(memory.held(), 0);
+    }
+
+    #[test]
+    fn what_is_large_is_let_go_before_what_is_small_suffers() {
+        const MAX: u64 = 1_000_000;
+        let memory = Memory::default();
+        let mut crowd = Held::default();
+        assert!(crowd.grow(&memory, 790_000, MAX));
+        let (mut large, mut small) = (Held::default(), Held::default());
+        assert!(!large.grow(&memory, 100_000, MAX), "half of what is left");
+        assert!(small.grow(&memory, 20_000, MAX));
+        let mut kept = Vec::new();
+        for _ in 0..10_000 {
+            let mut tiny = Held::default();
+            if !tiny.grow(&memory, 1_000, MAX) {
+                break;
+            }
+            kept.push(tiny);
+        }
+        assert!(kept.len() > 150, "{}", kept.len());
+        assert!(!large.grow(&memory, 2_000, MAX) && memory.held() <= MAX);
+        // An item that grows is measured whole.
+        drop(kept);
+        while large.grow(&memory, 1_000, MAX) {}
+        assert!((15_000..30_000).contains(&large.bytes), "{}", large.bytes);
     }
 }

@@ -12,9 +12,13 @@ use tokio::net::TcpStream;
 
 use super::clients::Place;
 use super::{Answers, Context, Listening, connection};
+use crate::clock;
+use crate::policy::Moment;
 
 /// After a failed accept that would fail again at once, such as without file descriptors.
 const FAILURE_PAUSE: Duration = Duration::from_millis(100);
+/// Such failures are told this often at most: connections that end let others in, and then it fails again.
+const TOLD_EVERY: Duration = Duration::from_secs(10);
 
 /// Accepts connections from `socket`, which must be nonblocking and listening, and serves each in a task of
 /// its own until the process drains or the listener retires; then empties the socket's queue and closes it.
@@ -27,7 +31,7 @@ pub async fn accept<H: Answers>(
 ) -> io::Result<()> {
     let socket = tokio::net::TcpListener::from_std(socket)?;
     let retired = listening.retired().watch();
-    let mut failing = false;
+    let mut told: Option<Moment> = None;
     loop {
         let accepted = tokio::select! {
             biased;
@@ -37,7 +41,6 @@ pub async fn accept<H: Answers>(
         };
         match accepted {
             Ok((tcp, peer)) => {
-                failing = false;
                 tokio::select! {
                     biased;
                     () = context.clients.take(&context.telemetry) => {}
@@ -48,7 +51,9 @@ pub async fn accept<H: Answers>(
             }
             Err(error) if is_of_one_connection(&error) => {}
             Err(error) => {
-                if !std::mem::replace(&mut failing, true) {
+                let now = clock::now();
+                if told.is_none_or(|told| told + TOLD_EVERY <= now) {
+                    told = Some(now);
                     tracing::warn!(%error, listener = %listening.name(), "cannot accept clients, trying on");
                 }
                 tokio::time::sleep(FAILURE_PAUSE).await;

@@ -70,9 +70,11 @@ pub struct Record<'a> {
 /// One attempt of it.
 #[derive(Clone, Copy, Debug)]
 pub struct AttemptRecord<'a> {
+    /// Its pool.
+    pub pool: &'a str,
     /// Where it went.
     pub backend: &'a str,
-    /// Why there was one: `first`, `retry`, `failover`, `hedge`, `resume`.
+    /// Why there was one: `first`, `retry`, `failover`, `fallback`, `hedge`, `resume`.
     pub role: &'a str,
     /// What became of it.
     pub outcome: AttemptOutcome,
@@ -380,6 +382,9 @@ fn push_json(out: &mut Vec<u8>, clock: &mut SecondCache, record: &Record<'_>) {
         push_number(out, nth as u64 + 1);
         out.extend_from_slice(b",\"backend\":");
         push_string(out, attempt.backend);
+        if attempt.pool != record.pool {
+            push_string_field(out, b",\"pool\":", attempt.pool);
+        }
         push_string_field(out, b",\"role\":", attempt.role);
         out.extend_from_slice(b",\"outcome\":\"");
         out.extend_from_slice(attempt.outcome.name().as_bytes());
@@ -610,6 +615,7 @@ mod tests {
 
     const ATTEMPTS: [AttemptRecord<'static>; 2] = [
         AttemptRecord {
+            pool: "default",
             backend: "gpu-1",
             role: "first",
             outcome: AttemptOutcome::Fault,
@@ -620,8 +626,9 @@ mod tests {
             first_byte: None,
         },
         AttemptRecord {
+            pool: "spare",
             backend: "gpu-2",
-            role: "failover",
+            role: "fallback",
             outcome: AttemptOutcome::Success,
             cause: "",
             phase: "tail",
@@ -699,8 +706,8 @@ mod tests {
             "attempts": [
                 {"n": 1, "backend": "gpu-1", "role": "first", "outcome": "fault", "cause": "connect_refused",
                  "phase": "connect", "reused": false, "ms": 1.234},
-                {"n": 2, "backend": "gpu-2", "role": "failover", "outcome": "success", "phase": "tail",
-                 "reused": true, "ms": 1239.0, "first_byte_ms": 5.007},
+                {"n": 2, "backend": "gpu-2", "pool": "spare", "role": "fallback", "outcome": "success",
+                 "phase": "tail", "reused": true, "ms": 1239.0, "first_byte_ms": 5.007},
             ],
             "duration_ms": 1240.5,
             "first_token_ms": 80.0,

@@ -498,6 +498,29 @@ impl BudgetEmpty<'_> {
     }
 }
 
+/// A request was blamed for the deaths of backends: it is answered with an error, and kept apart when it
+/// comes again.
+#[derive(Clone, Copy)]
+pub struct RequestKills<'a> {
+    /// Where.
+    pub at: &'a PoolMetrics,
+    /// Its `x-request-id`.
+    pub request_id: &'a str,
+    /// The backends.
+    pub backends: &'a str,
+}
+
+impl RequestKills<'_> {
+    /// Logs, counts, remembers. Each costs two replicas, so there are not many.
+    pub fn emit(&self, telemetry: &Telemetry) {
+        let mut notice = Notice::new(Severity::Error, "request_kills_backends");
+        notice.pool = Some(self.at.pool());
+        notice.count(&telemetry.metrics);
+        let text = format_args!("request {} killed {}", self.request_id, self.backends);
+        notice.speak(&telemetry.events, &text);
+    }
+}
+
 /// A new configuration is in force.
 #[derive(Clone, Copy)]
 pub struct ReloadApplied<'a> {

@@ -18,7 +18,9 @@ use prometheus::proto::{MetricFamily, MetricType};
 use prometheus::{Gauge, Histogram, HistogramOpts, IntCounter, IntGauge, Opts, Registry, TextEncoder};
 
 use super::events::Quiet;
+use crate::policy::admission::Priority;
 use crate::policy::health::ProbeVerdict;
+use crate::policy::load::Reported;
 
 /// Most models with a label of their own, per backend; the rest share `other`. Model names come from
 /// clients and backends, and each is a series.
@@ -273,11 +275,15 @@ struct PoolFamilies {
     eligible: Family<IntGauge>,
     panic_mode: Family<IntGauge>,
     waiting: Family<IntGauge>,
+    queue: Family<IntGauge>,
+    queue_wait: Family<Histogram>,
+    queue_refused: Family<IntCounter>,
     retries: Family<IntCounter>,
     budget_left: Family<Gauge>,
     budget_empty: Family<IntCounter>,
     hedges: Family<IntCounter>,
     resumes: Family<IntCounter>,
+    fallbacks: Family<IntCounter>,
 }
 
 #[derive(Debug)]
@@ -285,6 +291,7 @@ struct BackendFamilies {
     attempts: Family<IntCounter>,
     reasons: Family<IntCounter>,
     in_flight: Family<IntGauge>,
+    cap: Family<IntGauge>,
     first_byte: Family<Histogram>,
     first_token: Family<Histogram>,
     duration: Family<Histogram>,
@@ -300,6 +307,10 @@ struct BackendFamilies {
     model_attempts: Family<IntCounter>,
     model_faults: Family<IntCounter>,
     model_eligible: Family<IntGauge>,
+    reported_running: Family<IntGauge>,
+    reported_waiting: Family<IntGauge>,
+    reported_cache_used: Family<Gauge>,
+    foreign_requests: Family<IntGauge>,
 }
 
 impl Default for Metrics {
@@ -391,6 +402,24 @@ impl Metrics {
                     "Exchanges waiting for a backend to become available.",
                     &["pool"],
                 ),
+                queue: gauges(
+                    &r,
+                    "queue_length",
+                    "Exchanges waiting for a backend, by priority.",
+                    &["pool", "priority"],
+                ),
+                queue_wait: histograms(
+                    &r,
+                    "queue_wait_seconds",
+                    "Time waited for a backend, by those who had to wait.",
+                    &["pool"],
+                ),
+                queue_refused: counters(
+                    &r,
+                    "queue_refused_total",
+                    "Exchanges that got no backend, by why not.",
+                    &["pool", "reason"],
+                ),
                 retries: counters(
                     &r,
                     "retries_total",
@@ -421,6 +450,12 @@ impl Metrics {
                     "Broken streams, by whether they were continued.",
                     &["pool", "result"],
                 ),
+                fallbacks: counters(
+                    &r,
+                    "fallbacks_total",
+                    "Requests of this pool that were sent to another one, by why.",
+                    &["pool", "cause"],
+                ),
             },
             backend: BackendFamilies {
                 attempts: counters(
@@ -436,6 +471,12 @@ impl Metrics {
                     &["pool", "backend", "reason"],
                 ),
                 in_flight: gauges(&r, "attempts_in_flight", "Unfinished attempts.", pool_backend),
+                cap: gauges(
+                    &r,
+                    "attempts_in_flight_learned_max",
+                    "Most unfinished attempts the backend was seen to take; 0 while nothing is known.",
+                    pool_backend,
+                ),
                 first_byte: histograms(
                     &r,
                     "first_byte_seconds",
@@ -526,6 +567,30 @@ impl Metrics {
                     "1 while the backend may receive attempts for this model.",
                     &["pool", "backend", "model"],
                 ),
+                reported_running: gauges(
+                    &r,
+                    "backend_reported_running",
+                    "Requests the engine says it works on.",
+                    pool_backend,
+                ),
+                reported_waiting: gauges(
+                    &r,
+                    "backend_reported_waiting",
+                    "Requests the engine says wait in it.",
+                    pool_backend,
+                ),
+                reported_cache_used: float_gauges(
+                    &r,
+                    "backend_reported_cache_used_ratio",
+                    "Share of its KV cache the engine says is in use.",
+                    pool_backend,
+                ),
+                foreign_requests: gauges(
+                    &r,
+                    "backend_foreign_requests",
+                    "Requests in the engine beyond those sent from here.",
+                    pool_backend,
+                ),
             },
         });
         gauges(&r, "build_info", "Always 1; the label says which version runs.", &["version"])
@@ -584,6 +649,8 @@ impl Metrics {
             eligible: families.eligible.get(&[pool]),
             panic_mode: families.panic_mode.get(&[pool]),
             waiting: families.waiting.get(&[pool]),
+            queue: Priority::ALL.map(|priority| families.queue.get(&[pool, priority.name()])),
+            queue_wait: families.queue_wait.get(&[pool]),
             budget_left: families.budget_left.get(&[pool]),
             budget_empty: families.budget_empty.get(&[pool]),
             pool: pool.to_owned(),
@@ -600,6 +667,7 @@ impl Metrics {
             attempts: AttemptOutcome::ALL
                 .map(|outcome| families.attempts.get(&[pool, backend, outcome.name()])),
             in_flight: families.in_flight.get(labels),
+            cap: families.cap.get(labels),
             first_byte: families.first_byte.get(labels),
             first_token: families.first_token.get(labels),
             duration: families.duration.get(labels),
@@ -789,6 +857,10 @@ pub struct PoolMetrics {
     pub panic_mode: IntGauge,
     /// Exchanges waiting for a backend.
     pub waiting: IntGauge,
+    /// The same by priority, in the order of `Priority::ALL`.
+    pub queue: [IntGauge; Priority::ALL.len()],
+    /// How long they waited, in seconds.
+    pub queue_wait: Histogram,
     /// Retries the budget would grant now.
     pub budget_left: Gauge,
     /// Retries it did not grant.
@@ -804,6 +876,11 @@ impl PoolMetrics {
         &self.pool
     }
 
+    /// Counts an exchange that got no backend: `full`, `timeout`, `busy`, `down`.
+    pub fn count_queue_refusal(&self, reason: &'static str) {
+        self.families.pool.queue_refused.get(&[&self.pool, reason]).inc();
+    }
+
     /// Counts an attempt after the first by the cause of the one before it.
     pub fn count_retry(&self, reason: &'static str) {
         self.families.pool.retries.get(&[&self.pool, reason]).inc();
@@ -812,6 +889,11 @@ impl PoolMetrics {
     /// Counts a hedge by its result: `won`, `lost`, `refused`.
     pub fn count_hedge(&self, result: &'static str) {
         self.families.pool.hedges.get(&[&self.pool, result]).inc();
+    }
+
+    /// Counts a request of this pool that goes to another one, by why.
+    pub fn count_fallback(&self, cause: &'static str) {
+        self.families.pool.fallbacks.get(&[&self.pool, cause]).inc();
     }
 
     /// Counts a broken stream: `resumed`, or why not.
@@ -826,6 +908,8 @@ pub struct BackendMetrics {
     attempts: [IntCounter; AttemptOutcome::ALL.len()],
     /// Unfinished attempts.
     pub in_flight: IntGauge,
+    /// Most of them, as its refusals have taught; 0 for nothing.
+    pub cap: IntGauge,
     first_byte: Histogram,
     first_token: Histogram,
     duration: Histogram,
@@ -895,6 +979,35 @@ impl BackendMetrics {
     /// Counts one probe.
     pub fn count_probe(&self, result: ProbeResult) {
         self.probes[result as usize].inc();
+    }
+
+    /// What the engine said of its load, and how many requests in it are not ours. None when nothing is known (any
+    /// more): no series is better than an old number. Looked up by name: not for the hot path.
+    pub fn set_reported(&self, reported: Option<(Reported, u32)>) {
+        // As in `count`: a late word must not bring the series of a removed backend back.
+        let _ordered = self.models.lock();
+        let BackendFamilies {
+            reported_running, reported_waiting, reported_cache_used, foreign_requests, ..
+        } = &self.families.backend;
+        let labels = &[self.pool.as_str(), self.backend.as_str()];
+        let is_other = |of: &[String]| of != labels;
+        let known = reported.filter(|_| !self.retired.load(Ordering::Acquire));
+        match known {
+            Some((Reported { running, waiting, .. }, foreign)) => {
+                reported_running.get(labels).set(i64::from(running));
+                reported_waiting.get(labels).set(i64::from(waiting));
+                foreign_requests.get(labels).set(i64::from(foreign));
+            }
+            None => {
+                for family in [reported_running, reported_waiting, foreign_requests] {
+                    family.retain(&is_other);
+                }
+            }
+        }
+        match known.and_then(|(reported, _)| reported.cache_used) {
+            Some(used) => reported_cache_used.get(labels).set(used),
+            None => reported_cache_used.retain(&is_other),
+        }
     }
 
     pub(super) fn count_ejection(&self, reason: &'static str) {
@@ -971,6 +1084,7 @@ impl BackendFamilies {
             attempts,
             reasons,
             in_flight,
+            cap,
             first_byte,
             first_token,
             duration,
@@ -986,6 +1100,10 @@ impl BackendFamilies {
             model_attempts,
             model_faults,
             model_eligible,
+            reported_running,
+            reported_waiting,
+            reported_cache_used,
+            foreign_requests,
         } = self;
         for family in [
             attempts,
@@ -1001,9 +1119,13 @@ impl BackendFamilies {
         ] {
             family.retain(keep);
         }
-        for family in [in_flight, connections_open, healthy, eligible, model_eligible] {
+        for family in [in_flight, cap, connections_open, healthy, eligible, model_eligible] {
             family.retain(keep);
         }
+        for family in [reported_running, reported_waiting, foreign_requests] {
+            family.retain(keep);
+        }
+        reported_cache_used.retain(keep);
         for family in [first_byte, first_token, duration] {
             family.retain(keep);
         }
@@ -1017,18 +1139,23 @@ impl PoolFamilies {
             eligible,
             panic_mode,
             waiting,
+            queue,
+            queue_wait,
+            queue_refused,
             retries,
             budget_left,
             budget_empty,
             hedges,
             resumes,
+            fallbacks,
         } = self;
-        for family in [retries, budget_empty, hedges, resumes] {
+        for family in [queue_refused, retries, budget_empty, hedges, resumes, fallbacks] {
             family.retain(keep);
         }
-        for family in [backends, eligible, panic_mode, waiting] {
+        for family in [backends, eligible, panic_mode, waiting, queue] {
             family.retain(keep);
         }
+        queue_wait.retain(keep);
         budget_left.retain(keep);
     }
 }

@@ -55,7 +55,13 @@ pub struct Target {
     pub h2_ping_timeout: Duration,
     /// Counts the connections that are open.
     pub open: IntGauge,
+    /// Told when the peer closes an HTTP/1.1 connection that was to be kept.
+    pub lost: Lost,
 }
+
+/// Who is told that a connection between two requests was closed from the other side, unannounced: its process may be
+/// gone.
+pub type Lost = Arc<dyn Fn() + Send + Sync>;
 
 impl Target {
     /// A target by the clocks of its pool.
@@ -66,6 +72,7 @@ impl Target {
         http: UpstreamHttp,
         clocks: &BackendClocks,
         open: IntGauge,
+        lost: Lost,
     ) -> Self {
         Self {
             addresses,
@@ -80,6 +87,7 @@ impl Target {
             h2_ping: clocks.h2_ping,
             h2_ping_timeout: clocks.h2_ping_timeout,
             open,
+            lost,
         }
     }
 
@@ -247,13 +255,26 @@ where
         .max_headers(ANSWER_HEADERS_MAX)
         .handshake::<_, OutBody>(io)
         .await?;
-    // Errors of the connection reach the exchange on it; an idle one just ends.
+    // Errors of the connection reach the exchange on it. One that we close ourselves ends with its task.
+    let (lost, seen) = (target.lost.clone(), traffic.clone());
     let task = if upgradable {
         tokio::spawn(async move { drop(connection.with_upgrades().await) })
     } else {
-        tokio::spawn(async move { drop(connection.await) })
+        tokio::spawn(async move {
+            drop(connection.await);
+            if seen.is_idle() {
+                lost();
+            }
+        })
     };
-    Ok(Opened::H1(H1 { sender, era: 0, traffic, _task: Task::new(task.abort_handle(), &target.open) }))
+    Ok(Opened::H1(H1 {
+        sender,
+        era: 0,
+        traffic,
+        last: false,
+        lost: target.lost.clone(),
+        _task: Task::new(task.abort_handle(), &target.open),
+    }))
 }
 
 async fn handshake_h2<T>(target: &Target, io: TokioIo<T>, traffic: Arc<Traffic>) -> hyper::Result<Opened>

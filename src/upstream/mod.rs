@@ -14,7 +14,7 @@ mod tap;
 mod tls;
 
 pub use body::{OutBody, StreamedBody, UploadBroken};
-pub use connect::{ConnectError, ConnectFailure, Target};
+pub use connect::{ConnectError, ConnectFailure, Lost, Target};
 pub use dns::{Addresses, Resolver};
 pub use send::{Answer, InBody, SendError, SendFailure, Sending};
 pub use tap::Traffic;
@@ -62,6 +62,9 @@ struct H1 {
     /// The lane's, when it was begun.
     era: u64,
     traffic: Arc<Traffic>,
+    /// We or its peer have said that it closes after this answer.
+    last: bool,
+    lost: Lost,
     _task: Task,
 }
 
@@ -204,6 +207,7 @@ impl Lane {
                 return None;
             }
             if kept.connection.sender.is_ready() {
+                kept.connection.traffic.set_idle(false);
                 return Some(kept.connection);
             }
         }
@@ -250,10 +254,14 @@ impl Lane {
 
     fn keep(&self, connection: H1) {
         if connection.sender.is_closed() {
+            if !connection.last {
+                (connection.lost)();
+            }
             return;
         }
         let mut idle = self.idle.lock();
         if idle.len() < IDLE_MAX && connection.era == self.era.load(Ordering::Acquire) {
+            connection.traffic.set_idle(true);
             idle.push(Idle { connection, since: clock::now() });
         }
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
-use http::{HeaderValue, Method, Request, Response, Uri, Version, header, request, response};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, Uri, Version, header, request, response};
 use http_body::{Body, Frame};
 use hyper::body::Incoming;
 use hyper::client::conn::TrySendError;
@@ -79,6 +79,7 @@ impl Lease {
 
 fn send_h1(lane: Arc<Lane>, mut h1: H1, request: Request<OutBody>) -> Sending {
     h1.traffic.mark();
+    h1.last = says_close(request.headers());
     let before = (h1.traffic.written(), h1.traffic.read());
     // Handed over here, so that only what waits for the answer is boxed.
     let sent = h1.sender.try_send_request(request);
@@ -87,7 +88,7 @@ fn send_h1(lane: Arc<Lane>, mut h1: H1, request: Request<OutBody>) -> Sending {
 
 async fn h1_answer(
     lane: Arc<Lane>,
-    h1: H1,
+    mut h1: H1,
     before: (u64, u64),
     sent: impl Future<Output = Result<Response<Incoming>, TrySendError<Request<OutBody>>>>,
 ) -> Result<Answer, SendError> {
@@ -95,6 +96,7 @@ async fn h1_answer(
         Ok(response) => {
             let (mut head, incoming) = response.into_parts();
             // Of this connection, not of the client's.
+            h1.last |= head.version < Version::HTTP_11 || says_close(&head.headers);
             head.version = Version::HTTP_11;
             if head.headers.contains_key(header::TRANSFER_ENCODING) {
                 // RFC 9112 §6.3: the encoding wins. hyper obeys, and leaves the length for others to believe.
@@ -110,6 +112,15 @@ async fn h1_answer(
             Err(SendError { failure: failure_of(&source), sent, answered, source })
         }
     }
+}
+
+/// Whether a head says that its connection ends with the message.
+fn says_close(headers: &HeaderMap) -> bool {
+    headers.get_all(header::CONNECTION).iter().any(|value| {
+        value
+            .to_str()
+            .is_ok_and(|value| value.split(',').any(|word| word.trim().eq_ignore_ascii_case("close")))
+    })
 }
 
 async fn send_h2(lane: Arc<Lane>, stream: H2Stream, request: Request<OutBody>) -> Result<Answer, SendError> {

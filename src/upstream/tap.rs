@@ -6,7 +6,7 @@
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -21,6 +21,8 @@ pub struct Traffic {
     read: AtomicU64,
     /// Moment of the first byte read since `mark`, 0 while there was none.
     first_read: AtomicU64,
+    /// It is kept and waits for its next request.
+    idle: AtomicBool,
 }
 
 impl Traffic {
@@ -45,6 +47,15 @@ impl Traffic {
     /// A new request begins on the connection.
     pub fn mark(&self) {
         self.first_read.store(0, Ordering::Relaxed);
+    }
+
+    /// Whether it is kept and waits for its next request.
+    pub(super) fn is_idle(&self) -> bool {
+        self.idle.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_idle(&self, idle: bool) {
+        self.idle.store(idle, Ordering::Relaxed);
     }
 }
 

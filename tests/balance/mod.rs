@@ -122,7 +122,7 @@ async fn a_cap_is_kept_and_the_rest_waits_its_turn() {
         let proxy = Proxy::start(
             &ProxyBuilder::new()
                 .set("pool.probe.kind", "off")
-                .set("pool.retry.wait_max", "20s")
+                .set("pool.queue.wait_max", "20s")
                 .backend_with(&only.url(), &[("in_flight_max", 2.into())]),
         );
         let address = proxy.addr;
@@ -151,13 +151,13 @@ async fn who_waits_too_long_for_a_slot_is_told_so() {
         let proxy = Proxy::start(
             &ProxyBuilder::new()
                 .set("pool.probe.kind", "off")
-                .set("pool.retry.wait_max", "200ms")
+                .set("pool.queue.wait_max", "200ms")
                 .backend_with(&only.url(), &[("in_flight_max", 1.into())]),
         );
         let first = http.send_and_leave(proxy.addr, &chat_request(true));
         only.has_seen(1).await;
         let answer = http.send(proxy.addr, &chat_request(true)).await;
-        assert_eq!((answer.status, answer.json()["error"]["code"].as_str()), (503, Some("backends_busy")));
+        assert_eq!((answer.status, answer.json()["error"]["code"].as_str()), (503, Some("queue_timeout")));
         assert_eq!(answer.header("retry-after"), Some("1"));
         assert!(answer.elapsed >= Duration::from_millis(190), "{:?}", answer.elapsed);
         assert_eq!(only.requests().len(), 1);
@@ -173,7 +173,7 @@ async fn a_client_that_leaves_the_waiting_room_takes_no_slot() {
         let proxy = Proxy::start(
             &ProxyBuilder::new()
                 .set("pool.probe.kind", "off")
-                .set("pool.retry.wait_max", "20s")
+                .set("pool.queue.wait_max", "20s")
                 .backend_with(&only.url(), &[("in_flight_max", 1.into())]),
         );
         let first = http.send_and_leave(proxy.addr, &chat_request(true));

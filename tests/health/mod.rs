@@ -545,6 +545,60 @@ async fn a_model_that_fails_at_a_backend_takes_no_other_with_it_and_comes_back()
 }
 
 #[tokio::test]
+async fn an_overloaded_model_that_nobody_lists_does_not_take_its_neighbour_along() {
+    for http in Http::BOTH {
+        let overloaded = Arc::new(AtomicBool::new(false));
+        let asked = Arc::clone(&overloaded);
+        let unlisted = |request: &RequestSeen| match request.path() {
+            "/v1/models" => reply::error(404),
+            _ => reply::healthy(request, &Talk::default()),
+        };
+        let half = Backend::start(Script::new().by_request(move |request| {
+            if request.json()["model"] == "big" && asked.load(SeqCst) {
+                reply::busy(30)
+            } else {
+                unlisted(request)
+            }
+        }))
+        .await;
+        let peer = Backend::start(Script::new().by_request(unlisted)).await;
+        let proxy = Proxy::start(&in_order(&[&half.url(), &peer.url()]));
+        let (big, small) = (chat_request_for("big", "x", true), chat_request_for("small", "x", true));
+        // Both are served once, and so known.
+        for request in [&big, &small] {
+            assert_is_the_stream(&http.send(proxy.addr, request).await);
+        }
+        overloaded.store(true, SeqCst);
+        for _ in 0..4 {
+            assert_is_the_stream(&http.send(proxy.addr, &big).await);
+            assert_is_the_stream(&http.send(proxy.addr, &small).await);
+        }
+        let of =
+            |model: &str| half.requests().iter().filter(|request| request.json()["model"] == model).count();
+        assert_eq!((of("big"), of("small")), (2, 5), "asked to leave the one alone, not the other");
+
+        // Inventions that nobody serves get no record.
+        half.set_script(Script::new().answer(reply::error(404)));
+        peer.set_script(Script::new().answer(reply::error(404)));
+        for n in 0..20 {
+            let invented = chat_request_for(&format!("invented-{n}"), "x", false);
+            assert_eq!(http.send(proxy.addr, &invented).await.status, 404);
+        }
+        assert!(proxy.backend(half.addr()).models().len() <= 2);
+        let text = proxy.telemetry.metrics.render();
+        let attempts = |model: &str, count: usize| {
+            let labels = format!("backend=\"{}\",model=\"{model}\",pool=\"default\"", half.addr());
+            assert!(text.contains(&format!("evergate_model_attempts_total{{{labels}}} {count}\n")), "{text}");
+        };
+        // But for the first, which was served before there were two.
+        attempts("small", 4);
+        attempts("other", 20);
+        assert!(!text.contains("invented"), "a client must not make series");
+        proxy.is_quiet().await;
+    }
+}
+
+#[tokio::test]
 async fn a_backend_of_several_models_comes_back_from_the_dead_by_any_of_them() {
     for http in Http::BOTH {
         let listed = |request: &RequestSeen| {
@@ -570,7 +624,8 @@ async fn a_backend_of_several_models_comes_back_from_the_dead_by_any_of_them() {
             assert_is_the_stream(&http.send(proxy.addr, &big).await);
             assert_is_the_stream(&http.send(proxy.addr, &small).await);
         }
-        assert_ne!(state(&proxy, dying.addr()), "healthy", "refused three times");
+        // Refused, and so is the question who it is.
+        eventually(PATIENCE, || state(&proxy, dying.addr()) == "unhealthy").await;
         dying.restart().await;
         eventually(PATIENCE, || state(&proxy, dying.addr()) == "probation").await;
         assert_is_the_stream(&http.send(proxy.addr, &small).await);

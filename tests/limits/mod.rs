@@ -1,5 +1,7 @@
 //! Bounds: each is refused in the client's own words, costs nothing beyond it, and is counted.
 
+mod descriptors;
+
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -13,7 +15,7 @@ use crate::support::client::{
 use crate::support::h2_backend::{H2Answer, H2Backend};
 use crate::support::proxy::{Proxy, ProxyBuilder};
 use crate::support::reply::{self, Step, Talk};
-use crate::support::{PATIENCE, eventually, within};
+use crate::support::{PATIENCE, eventually, hash, within};
 
 fn bitten(proxy: &Proxy, limit: &str) -> bool {
     let line = format!("evergate_limits_bitten_total{{limit=\"{limit}\"}}");
@@ -239,15 +241,53 @@ async fn an_event_too_large_to_be_read_is_passed_on() {
     proxy.is_quiet().await;
 }
 
-#[tokio::test]
-async fn memory_that_is_used_up_is_said_and_comes_back() {
-    let slow = |request: &RequestSeen| match request.path() {
+/// Answers after a while, and so holds what it was sent.
+fn slow(request: &RequestSeen) -> Vec<Step> {
+    match request.path() {
         "/health" => reply::json(200, &json!({})),
         _ => [vec![Step::Delay(Duration::from_millis(400))], reply::healthy(request, &Talk::default())]
             .concat(),
-    };
+    }
+}
+
+async fn memory_is_given_back(proxy: &Proxy) {
+    let gauge =
+        || proxy.telemetry.metrics.render().lines().any(|line| line == "evergate_memory_held_bytes 0");
+    eventually(PATIENCE, gauge).await;
+}
+
+#[tokio::test]
+async fn without_memory_large_bodies_stream_and_small_ones_are_kept() {
     let backend = Backend::start(Script::new().by_request(slow)).await;
     let proxy = Proxy::start(&ProxyBuilder::new().backend(&backend.url()).set("limits.memory_max", "1MiB"));
+    let large = chat_of(700_000);
+    let mut first = Client::connect(proxy.addr).await;
+    first.write(&large.to_bytes()).await.unwrap();
+    backend.has_seen(1).await;
+    assert!(!bitten(&proxy, "memory_max"));
+    let answer = answer_to(&proxy, &large.to_bytes()).await;
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    assert_eq!(hash(&backend.requests()[1].body), hash(&large.body), "streamed whole");
+    assert!(bitten(&proxy, "memory_max"));
+    assert_eq!(send(proxy.addr, &chat_request(false)).await.status, 200);
+    assert_eq!(within(PATIENCE, first.try_read_answer("POST")).await.unwrap().status, 200);
+    proxy.is_quiet().await;
+    memory_is_given_back(&proxy).await;
+}
+
+#[tokio::test]
+async fn without_memory_what_cannot_be_routed_unread_is_refused_and_small_requests_are_served() {
+    let backend = Backend::start(Script::new().by_request(slow)).await;
+    let other = Backend::healthy().await;
+    let proxy = Proxy::start(
+        &ProxyBuilder::new()
+            .named_pool("a")
+            .backend(&other.url())
+            .named_pool("b")
+            .backend(&backend.url())
+            .set("pool.models", vec!["m", "test-model"])
+            .set("limits.memory_max", "1MiB"),
+    );
     let large = chat_of(700_000);
     let mut first = Client::connect(proxy.addr).await;
     first.write(&large.to_bytes()).await.unwrap();
@@ -255,15 +295,41 @@ async fn memory_that_is_used_up_is_said_and_comes_back() {
     let answer = answer_to(&proxy, &large.to_bytes()).await;
     assert_eq!((answer.status, answer.json()["error"]["code"].as_str()), (503, Some("memory_exhausted")));
     assert!(answer.header("retry-after").is_some());
-    // What still fits is served.
-    assert_eq!(send(proxy.addr, &chat_request(false)).await.status, 200);
+    assert_eq!(send(proxy.addr, &chat_request(false)).await.status, 200, "what is small is still kept");
     assert_eq!(within(PATIENCE, first.try_read_answer("POST")).await.unwrap().status, 200);
     proxy.is_quiet().await;
     assert_eq!(send(proxy.addr, &large).await.status, 200);
+    assert_eq!(other.requests().len(), 0);
     proxy.is_quiet().await;
-    let gauge =
-        || proxy.telemetry.metrics.render().lines().any(|line| line == "evergate_memory_held_bytes 0");
-    eventually(PATIENCE, gauge).await;
+    memory_is_given_back(&proxy).await;
+}
+
+#[tokio::test]
+async fn without_memory_a_large_answer_is_relayed_as_it_comes() {
+    let held = Backend::start(Script::new().by_request(slow)).await;
+    let long = json!({"object": "list", "data": [{"embedding": vec![0.5; 100_000]}]});
+    let answering = Backend::start(Script::new().answer_json(200, &long)).await;
+    let proxy = Proxy::start(
+        &ProxyBuilder::new()
+            .named_pool("a")
+            .backend(&held.url())
+            .set("pool.models", vec!["m"])
+            .named_pool("b")
+            .backend(&answering.url())
+            .route("b", &[("path_prefix", "/v1/embeddings".into())])
+            .set("limits.memory_max", "1MiB"),
+    );
+    let mut first = Client::connect(proxy.addr).await;
+    let request = chat_of(700_000);
+    first.write(&request.to_bytes()).await.unwrap();
+    held.has_seen(1).await;
+    let embed = Request::post_json("/v1/embeddings", &json!({"model": "m", "input": "x"}));
+    let answer = send(proxy.addr, &embed).await;
+    assert_eq!((answer.status, answer.json()), (200, long));
+    assert!(bitten(&proxy, "memory_max"));
+    assert_eq!(within(PATIENCE, first.try_read_answer("POST")).await.unwrap().status, 200);
+    proxy.is_quiet().await;
+    memory_is_given_back(&proxy).await;
 }
 
 #[tokio::test]
@@ -346,7 +412,9 @@ async fn every_dialect_hears_an_error_in_its_own_words() {
     );
     for path in ["/v2/models/m/infer", "/api/chat", "/api/tags"] {
         let error = ask(path).await.json();
-        assert!(error["error"].is_string() && error.as_object().unwrap().len() == 1, "{path} {error}");
+        assert!(error["error"].is_string(), "{path} {error}");
+        assert_eq!(error["code"], "no_backend_available", "{path} {error}");
+        assert!(error["request_id"].is_string() && error["attempts"].is_number(), "{path} {error}");
     }
     let error = ask("/generate").await.json();
     assert!(error["error"].is_string() && error["error_type"].is_string(), "{error}");

@@ -269,6 +269,8 @@ async fn an_ejection_calls_for_a_probe_before_the_interval_is_over() {
             model: None,
             affinity: None,
             prompt_bytes: 0,
+            only: None,
+            paid: false,
             replayable: true,
         };
         let choice = pool.pick(&wanted, &mut rng).unwrap_or_else(|nobody| panic!("{nobody:?}"));
@@ -564,4 +566,276 @@ async fn without_questions_nothing_can_be_verified() {
         probing.probed_as(0, ProbeVerdict::Pass).await;
         assert_eq!(record.last_verify(), None, "{kind}");
     }
+}
+
+#[tokio::test]
+async fn a_preset_asks_its_engines_page_and_believes_200_alone() {
+    for (preset, page) in [
+        ("vllm", "/health"),
+        ("sglang", "/health"),
+        ("llamacpp", "/health"),
+        ("tgi", "/health"),
+        ("triton", "/v2/health/ready"),
+        ("ollama", "/api/version"),
+    ] {
+        let backend = Backend::start(script(ok(), models(&[]))).await;
+        let probing = Probing::start(&quick().backend(&backend.url()).set("pool.probe.preset", preset));
+        probing.probed_as(0, ProbeVerdict::Pass).await;
+        assert!(!asked_for(&backend, page).is_empty(), "{preset}");
+        // Not this engine, then; without a preset it would pass weakly.
+        backend.set_script(script(reply::error(404), models(&[])));
+        probing.probed_as(0, ProbeVerdict::Fail).await;
+        backend.set_script(script(reply::busy(1), models(&[])));
+        probing.probed_as(0, ProbeVerdict::Refusing).await;
+    }
+}
+
+/// A pool that asks for a token, quickly.
+fn generating(kind: &str) -> ProxyBuilder {
+    quick().set("pool.probe.kind", kind)
+}
+
+/// `/v1/chat/completions` as `chat` answers, `/v1/models` listing `m`, a health page that always says 200.
+fn chatting(chat: impl Fn(&RequestSeen) -> Vec<Step> + Send + Sync + 'static) -> Script {
+    Script::new().by_request(move |request| match request.path() {
+        "/v1/models" => models(&["m"]),
+        "/v1/chat/completions" => chat(request),
+        _ => ok(),
+    })
+}
+
+fn said(text: &str) -> Vec<Step> {
+    let message = json!({"role": "assistant", "content": text});
+    reply::json(200, &json!({"choices": [{"index": 0, "message": message, "finish_reason": "length"}]}))
+}
+
+#[tokio::test]
+async fn a_probe_may_want_a_token_and_a_page_that_says_200_will_not_do() {
+    let backend = Backend::start(chatting(|_| said("Hello"))).await;
+    let probing = Probing::start(&generating("generate").backend(&backend.url()));
+    probing.probed_as(0, ProbeVerdict::Pass).await;
+    assert_eq!(probing.probed(0).await.saw, "200 and a token");
+    let asked = &asked_for(&backend, "/v1/chat/completions")[0];
+    assert_eq!((asked.method.as_str(), asked.index), ("POST", 0), "on a connection of its own");
+    let body = asked.json();
+    assert_eq!((&body["model"], &body["max_tokens"]), (&json!("m"), &json!(1)));
+    assert!(asked_for(&backend, "/health").is_empty());
+
+    let nothing = json!({"choices": [], "usage": null});
+    for (answer, verdict, saw) in [
+        (reply::error(500), ProbeVerdict::Fail, "500"),
+        (reply::busy(1), ProbeVerdict::Refusing, "503"),
+        (reply::json(200, &nothing), ProbeVerdict::Fail, "answer without `choices`"),
+        (said(""), ProbeVerdict::Fail, "answer without a token"),
+        (vec![Step::Rst], ProbeVerdict::Fail, "closed without an answer"),
+    ] {
+        backend.set_script(chatting(move |_| answer.clone()));
+        let record = probing.backend(0);
+        let sees = |last: &LastProbe| last.verdict == verdict && last.saw.starts_with(saw);
+        eventually(PATIENCE, || record.last_probe().is_some_and(|last| sees(&last))).await;
+    }
+}
+
+#[tokio::test]
+async fn an_answer_that_does_not_end_fails_at_its_deadline() {
+    let begun = vec![Step::send(reply::head(200, &[("content-length", "100")])), Step::Stall];
+    let backend = Backend::start(chatting(move |_| begun.clone())).await;
+    let pool = generating("generate").backend(&backend.url()).set("pool.probe.deadline", "200ms");
+    let probing = Probing::start(&pool);
+    let last = probing.probed(0).await;
+    assert_eq!(last.verdict, ProbeVerdict::Fail, "{}", last.saw);
+    assert!(last.saw.contains("no end of its answer within 200ms"), "{}", last.saw);
+    assert!(last.took >= Duration::from_millis(200));
+}
+
+#[tokio::test]
+async fn a_canary_knows_the_answer() {
+    let backend = Backend::start(chatting(|_| said(" 42."))).await;
+    let pool = generating("canary")
+        .backend(&backend.url())
+        .set("pool.probe.prompt", "What is 6 times 7? Answer with the number.")
+        .set("pool.probe.expect", "42");
+    let probing = Probing::start(&pool);
+    probing.probed_as(0, ProbeVerdict::Pass).await;
+    backend.set_script(chatting(|_| said("!!!!!!!!")));
+    probing.probed_as(0, ProbeVerdict::Fail).await;
+    assert_eq!(probing.probed(0).await.saw, "another answer than expected: \"!!!!!!!!\"");
+    let told = probing.events("probe_changed");
+    assert_eq!(told, ["probe now fail: another answer than expected: \"!!!!!!!!\""]);
+}
+
+#[tokio::test]
+async fn no_token_is_asked_for_while_real_requests_get_theirs() {
+    let backend = Backend::start(chatting(|_| said("Hello"))).await;
+    let probing = Probing::start(&generating("generate").backend(&backend.url()));
+    probing.probed_as(0, ProbeVerdict::Pass).await;
+    let pool = probing.directory.snapshot().pools[0].clone();
+    let mut rng = fastrand::Rng::with_seed(1);
+    let mut serve = || {
+        let wanted = Wanted {
+            paid: false,
+            tried: &[],
+            only: None,
+            class: Class::of(Endpoint::ChatCompletions, true),
+            model: None,
+            affinity: None,
+            prompt_bytes: 0,
+            replayable: true,
+        };
+        let choice = pool.pick(&wanted, &mut rng).unwrap_or_else(|nobody| panic!("{nobody:?}"));
+        choice.observe(About::Model, Observation::FirstToken, &mut rng);
+    };
+    // One may have been asked for before the first of these; ten intervals long there is no other.
+    serve();
+    let asked = || asked_for(&backend, "/v1/chat/completions").len();
+    let (begin, before) = (clock::now(), asked());
+    eventually(PATIENCE, || {
+        serve();
+        clock::now().since(begin) > Duration::from_millis(500)
+    })
+    .await;
+    assert!(asked() <= before + 1, "{} more", asked() - before);
+    let quiet = asked();
+    eventually(PATIENCE, || asked() > quiet).await;
+}
+
+#[tokio::test]
+async fn a_suspect_is_asked_for_its_page_where_probes_want_a_token() {
+    let backend = Backend::start(chatting(|_| vec![Step::Stall])).await;
+    let pool = once().set("pool.probe.kind", "generate").backend(&backend.url());
+    let probing = Probing::start(&pool);
+    let record = probing.backend(0);
+    record.want_verify();
+    eventually(PATIENCE, || record.last_verify().is_some_and(|verified| verified.answered)).await;
+    assert_eq!(asked_for(&backend, "/health").len(), 1);
+    assert!(record.last_probe().is_none(), "the page proves no token: the judge does not hear of it");
+}
+
+#[tokio::test]
+async fn a_newcomer_says_who_it_is_before_it_gets_work() {
+    let first = Backend::start(script(ok(), models(&["m"]))).await;
+    let second = Backend::start(script(ok(), vec![Step::Stall])).await;
+    let probing = Probing::start(&quick().backend(&first.url()));
+    probing.lists(0, Some(&["m"])).await;
+    probing.probed_as(0, ProbeVerdict::Pass).await;
+    probing.apply(&quick().backend(&first.url()).backend(&second.url()));
+    eventually(PATIENCE, || !asked_for(&second, "/v1/models").is_empty()).await;
+    // Its probe has passed, and its list is waited for.
+    assert!(probing.backend(1).last_probe().is_none());
+    let standing = || {
+        let pool = probing.directory.snapshot().pools[0].clone();
+        pool.standing(1, None, clock::now())
+    };
+    assert_eq!(standing(), Standing::Out { until: None });
+    // That it does not come is no evidence.
+    eventually(PATIENCE, || matches!(standing(), Standing::Eligible { .. })).await;
+    assert_eq!(probing.backend(1).listed(), None);
+}
+
+#[tokio::test]
+async fn a_backend_that_lists_none_of_the_configured_models_is_misconfigured() {
+    let right = Backend::start(script(ok(), models(&["llama", "llama-lora"]))).await;
+    let wrong = Backend::start(script(ok(), models(&["llama"]))).await;
+    let aliases = toml::Table::from_iter([("gpt".to_owned(), "llama".into())]);
+    let pool = quick()
+        .backend(&right.url())
+        .backend(&wrong.url())
+        .set("pool.models", toml::Value::Array(vec!["gpt".into()]))
+        .set("pool.aliases", aliases)
+        .set("pool.health.misconfigured_ejection", "100ms");
+    let probing = Probing::start(&pool);
+    for i in 0..2 {
+        probing.probed_as(i, ProbeVerdict::Pass).await;
+    }
+    let standing = |i| {
+        let pool = probing.directory.snapshot().pools[0].clone();
+        pool.standing(i, None, clock::now())
+    };
+    assert!(matches!(standing(1), Standing::Eligible { .. }), "an alias stands for what it lists");
+
+    wrong.set_script(script(reply::error(500), Vec::new()));
+    probing.probed_as(1, ProbeVerdict::Fail).await;
+    wrong.set_script(script(ok(), models(&["qwen"])));
+    eventually(PATIENCE, || matches!(standing(1), Standing::Out { .. })).await;
+    probing.lists(1, Some(&["qwen"])).await;
+    let told = "misconfigured: lists qwen, expected gpt, llama";
+    eventually(PATIENCE, || probing.events("misconfigured_backend") == [told]).await;
+    let record = probing.backend(1);
+    let saw = "200, but lists qwen, expected gpt, llama";
+    eventually(PATIENCE, || record.last_probe().is_some_and(|last| last.saw == saw)).await;
+    let transitions = probing.events("backend_transition");
+    assert!(transitions.iter().any(|text| text.ends_with("misconfigured")), "{transitions:?}");
+    // Longer than the ejection, and still nothing.
+    let passed = asked_for(&wrong, "/health").len();
+    eventually(PATIENCE, || asked_for(&wrong, "/health").len() > passed + 10).await;
+    assert!(matches!(standing(1), Standing::Out { .. }));
+    assert!(matches!(standing(0), Standing::Eligible { .. }));
+
+    wrong.set_script(script(ok(), models(&["llama"])));
+    eventually(PATIENCE, || matches!(standing(1), Standing::Eligible { .. } | Standing::Probation)).await;
+}
+
+#[tokio::test]
+async fn names_that_nobody_lists_tell_nothing() {
+    let backends = [
+        Backend::start(script(ok(), models(&["/models/a.gguf"]))).await,
+        Backend::start(script(ok(), models(&["/models/a.gguf"]))).await,
+    ];
+    let pool = quick().set("pool.models", toml::Value::Array(vec!["llama".into()]));
+    let probing = Probing::start(&pool.backend(&backends[0].url()).backend(&backends[1].url()));
+    for i in 0..2 {
+        probing.probed_as(i, ProbeVerdict::Pass).await;
+        probing.lists(i, Some(&["/models/a.gguf"])).await;
+    }
+    assert_eq!(probing.directory.snapshot().pools[0].eligible(), 2);
+    assert_eq!(probing.events("misconfigured_backend"), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn a_lost_connection_makes_a_backend_say_who_it_is_while_a_peer_works() {
+    let lists = || script(ok(), models(&["m"]));
+    let backends = [Backend::start(lists()).await, Backend::start(lists()).await];
+    let probing = Probing::start(&once().backend(&backends[0].url()).backend(&backends[1].url()));
+    for i in 0..2 {
+        probing.lists(i, Some(&["m"])).await;
+        probing.probed_as(i, ProbeVerdict::Pass).await;
+    }
+    let pool = probing.directory.snapshot().pools[0].clone();
+    let mut rng = fastrand::Rng::with_seed(1);
+    let mut pick = |tried: &[evergate::pool::BackendId]| {
+        let wanted = Wanted {
+            paid: false,
+            only: None,
+            tried,
+            class: Class::of(Endpoint::ChatCompletions, true),
+            model: None,
+            affinity: None,
+            prompt_bytes: 0,
+            replayable: true,
+        };
+        pool.pick(&wanted, &mut rng).unwrap_or_else(|nobody| panic!("{nobody:?}"))
+    };
+    // Its next list does not come, so the doubt stands.
+    backends[0].set_script(script(ok(), vec![Step::Stall]));
+    pick(&[pool.members[1].backend.id]).lost_connection();
+    assert!(pool.members[0].backend.is_doubted());
+    for _ in 0..20 {
+        assert_eq!(pick(&[]).index, 1);
+    }
+    eventually(PATIENCE, || asked_for(&backends[0], "/v1/models").len() == 2).await;
+    // Once it said who it is, it works again: before its next probe, which is an hour away.
+    backends[0].set_script(lists());
+    eventually(PATIENCE, || !pool.members[0].backend.is_doubted()).await;
+    eventually(PATIENCE, || pick(&[]).index == 0).await;
+    assert_eq!(asked_for(&backends[0], "/health").len(), 1);
+    // Where all are doubted, none is kept from work.
+    for backend in &backends {
+        backend.set_script(script(ok(), vec![Step::Stall]));
+    }
+    pick(&[pool.members[1].backend.id]).lost_connection();
+    pick(&[pool.members[0].backend.id]).lost_connection();
+    let mut seen: Vec<usize> = (0..50).map(|_| pick(&[]).index).collect();
+    seen.sort_unstable();
+    seen.dedup();
+    assert_eq!(seen, [0, 1]);
 }

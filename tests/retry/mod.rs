@@ -1,6 +1,6 @@
 //! How often, where and what is sent again (failures.md §2 and §3).
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use evergate::telemetry::metrics::AttemptOutcome;
 use serde_json::json;
@@ -151,6 +151,36 @@ async fn what_two_serving_backends_fail_alike_is_the_requests_own_fault() {
 }
 
 #[tokio::test]
+async fn one_request_that_all_fail_ejects_nobody_from_a_fleet_without_other_traffic() {
+    for http in Http::BOTH {
+        let poisoned = |request: &crate::support::backend::RequestSeen| {
+            if request.body.windows(6).any(|word| word == b"poison") {
+                reply::error(500)
+            } else {
+                reply::healthy(request, &Talk::default())
+            }
+        };
+        let mut backends = Vec::new();
+        for _ in 0..4 {
+            backends.push(Backend::start(Script::new().by_request(poisoned)).await);
+        }
+        let proxy = Proxy::start(&backends.iter().fold(
+            ProxyBuilder::new().set("pool.probe.kind", "off").set("pool.balance.strategy", "round_robin"),
+            |b, backend| b.backend(&backend.url()),
+        ));
+        let poison = crate::support::client::chat_request_for("test-model", "poison", true);
+        for _ in 0..10 {
+            assert_eq!(http.send(proxy.addr, &poison).await.status, 500);
+        }
+        for backend in &backends {
+            assert_ne!(state(&proxy, backend.addr()), "ejected");
+        }
+        assert_is_the_stream(&http.send(proxy.addr, &chat_request(true)).await);
+        proxy.is_quiet().await;
+    }
+}
+
+#[tokio::test]
 async fn two_backends_that_fail_everybody_are_no_reason_not_to_ask_the_third() {
     for http in Http::BOTH {
         let mut backends = all(2, &reply::error(500)).await;
@@ -217,8 +247,8 @@ async fn replay_follows_the_route_where_one_says_so() {
         for (replay, answered) in
             [("always", [true, true]), ("safe", [false, false]), ("never", [false, false])]
         {
-            let (sick, alive) =
-                (Backend::start(Script::new().answer(vec![Step::Rst])).await, Backend::healthy().await);
+            let sick = Backend::start(Script::new().nameless().answer(vec![Step::Rst])).await;
+            let alive = Backend::healthy().await;
             let proxy = Proxy::start(
                 &in_order(&[&sick.url(), &alive.url()])
                     .named_pool_kept("p")
@@ -260,6 +290,16 @@ async fn the_total_clock_is_a_504_before_the_first_token_and_an_error_event_behi
     }
 }
 
+/// Requests that all get their answer, until three of them have met the backend that resets them. Between two it says
+/// who it is, and its peer works alone.
+async fn fail_until_ejected(proxy: &Proxy, sick: &Backend, http: Http) {
+    let begin = Instant::now();
+    while state(proxy, sick.addr()) != "ejected" {
+        assert!(begin.elapsed() < PATIENCE, "{}", state(proxy, sick.addr()));
+        assert_is_the_stream(&http.send(proxy.addr, &chat_request(true)).await);
+    }
+}
+
 #[tokio::test]
 async fn what_waits_at_a_backend_is_rescued_when_it_is_ejected() {
     for http in Http::BOTH {
@@ -276,10 +316,7 @@ async fn what_waits_at_a_backend_is_rescued_when_it_is_ejected() {
         let address = proxy.addr;
         let waiting = tokio::spawn(async move { http.send(address, &chat_request(true)).await });
         sick.has_seen(1).await;
-        for _ in 0..3 {
-            assert_is_the_stream(&http.send(proxy.addr, &chat_request(true)).await);
-        }
-        assert_eq!(state(&proxy, sick.addr()), "ejected");
+        fail_until_ejected(&proxy, &sick, http).await;
         let answer: Answer = within(PATIENCE, waiting).await.unwrap();
         assert_is_the_stream(&answer);
         assert_eq!(attempts(&proxy, sick.addr(), AttemptOutcome::Rescued), 1);
@@ -305,10 +342,7 @@ async fn a_stream_behind_its_first_token_is_not_rescued_but_left_to_finish() {
         let streaming = tokio::spawn(async move { http.send(address, &chat_request(true)).await });
         sick.has_seen(1).await;
         tokio::time::sleep(Duration::from_millis(250)).await;
-        for _ in 0..3 {
-            assert_is_the_stream(&http.send(proxy.addr, &chat_request(true)).await);
-        }
-        assert_eq!(state(&proxy, sick.addr()), "ejected");
+        fail_until_ejected(&proxy, &sick, http).await;
         assert_is_the_stream(&streaming.await.unwrap());
         proxy.is_quiet().await;
     }

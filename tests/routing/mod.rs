@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use evergate::policy::health::ProbeVerdict;
 use serde_json::json;
 use toml::Value;
 
@@ -355,5 +356,88 @@ async fn a_model_in_the_path_counts_as_one_in_the_body() {
     assert_eq!(answer.json()["target"], "/v2/models/b/versions/3/infer?x=y", "{}", answer.text());
     let answer = send(proxy.addr, &Request::post_json("/v2/models/nope/infer", &body)).await;
     assert_eq!((answer.status, answer.json()["error"].is_string()), (404, true), "{}", answer.text());
+    proxy.is_quiet().await;
+}
+
+/// A replica that answers whatever model it is asked for in the name of the one it has, as llama.cpp does.
+fn answering(model: &str) -> Script {
+    Script::new().talk(Talk { model: model.to_owned(), ..Talk::default() })
+}
+
+#[tokio::test]
+async fn f36_a_backend_that_comes_back_with_another_model_answers_nobody_who_wants_the_old_one() {
+    let (kept, changed) = (serving("llama").await, serving("llama").await);
+    let builder = ProxyBuilder::new().backend(&kept.url()).backend(&changed.url());
+    let builder = ["interval", "interval_unsteady"]
+        .iter()
+        .fold(builder, |builder, key| builder.set(&format!("pool.probe.{key}"), "50ms"))
+        .set("pool.health.slow_start", "0s");
+    let proxy = Proxy::start(&builder);
+    let lists = |backend: &Backend, model: &str| proxy.backend(backend.addr()).lists(model);
+    eventually(PATIENCE, || lists(&kept, "llama") && lists(&changed, "llama")).await;
+
+    let over = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let clients: Vec<_> = (0..4)
+        .map(|_| {
+            let (over, addr) = (over.clone(), proxy.addr);
+            tokio::spawn(async move {
+                let mut answers = Vec::new();
+                while !over.load(std::sync::atomic::Ordering::Relaxed) {
+                    let answer = send(addr, &chat_request_for("llama", "which?", false)).await;
+                    answers.push((answer.status, answer.json()["model"].as_str().map(str::to_owned)));
+                }
+                answers
+            })
+        })
+        .collect();
+    for _ in 0..8 {
+        changed.has_seen(changed.requests().len() + 4).await;
+        changed.stop().await;
+        changed.set_script(answering("qwen"));
+        changed.restart().await;
+        eventually(PATIENCE, || lists(&changed, "qwen")).await;
+        let asked = changed.all_requests().len();
+        eventually(PATIENCE, || changed.all_requests().len() > asked + 10).await;
+
+        // Nothing is sent there: only its probes can tell that it is away.
+        changed.stop().await;
+        let away = proxy.backend(changed.addr());
+        eventually(PATIENCE, || away.last_probe().is_some_and(|last| last.verdict == ProbeVerdict::Fail))
+            .await;
+        changed.set_script(answering("llama"));
+        changed.restart().await;
+        eventually(PATIENCE, || lists(&changed, "llama")).await;
+    }
+    over.store(true, std::sync::atomic::Ordering::Relaxed);
+    for client in clients {
+        let answers = client.await.unwrap();
+        let wrong: Vec<_> =
+            answers.iter().filter(|answer| **answer != (200, Some("llama".to_owned()))).collect();
+        assert!(wrong.is_empty(), "{} of {}: {:?}", wrong.len(), answers.len(), wrong.first());
+    }
+    proxy.is_quiet().await;
+}
+
+#[tokio::test]
+async fn a_model_is_asked_for_where_it_is_listed_and_nowhere_else_of_its_pool() {
+    let (llama, qwen) = (serving("llama").await, serving("qwen").await);
+    let proxy = Proxy::start(
+        &ProxyBuilder::new().backend(&llama.url()).backend(&qwen.url()).set("pool.retry.wait_max", "100ms"),
+    );
+    knows(&proxy, &["llama", "qwen"]).await;
+    for _ in 0..10 {
+        for model in ["llama", "qwen"] {
+            assert_eq!(asks(&proxy, model).await.json()["model"], model);
+        }
+        // Nobody lists it: anybody may know it all the same.
+        assert_eq!(asks(&proxy, "other").await.status, 200);
+    }
+    // The list of one that is gone still says whose model it is: no answer is better than another one's.
+    llama.stop().await;
+    for _ in 0..10 {
+        let answer = asks(&proxy, "llama").await;
+        assert!(answer.status >= 500, "{}", answer.text());
+        assert_eq!(asks(&proxy, "qwen").await.json()["model"], "qwen");
+    }
     proxy.is_quiet().await;
 }

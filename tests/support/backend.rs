@@ -85,6 +85,12 @@ impl Script {
         self
     }
 
+    /// It says nothing of its models. A connection it breaks then raises no doubt about who it is, which would send
+    /// the requests after that to its peers for a moment.
+    pub fn nameless(self) -> Self {
+        self.probes(reply::error(404))
+    }
+
     /// Every request, probes included, is answered by this.
     pub fn by_request(mut self, answer: impl Fn(&RequestSeen) -> Vec<Step> + Send + Sync + 'static) -> Self {
         self.by_request = Some(Arc::new(answer));
@@ -482,6 +488,11 @@ impl Conversation {
             }
             Step::Rst => {
                 self.socket.reset = true;
+                Flow::Over
+            }
+            Step::Die => {
+                let state = Arc::clone(&self.socket.state);
+                state.order(Order::Die).await;
                 Flow::Over
             }
             Step::CloseListener => {

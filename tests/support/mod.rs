@@ -13,7 +13,6 @@ pub mod either;
 pub mod h2_backend;
 pub mod proxy;
 pub mod reply;
-mod selftest;
 pub mod tls;
 
 use std::net::SocketAddr;

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use evergate::app::{self, Plan, Running};
-use evergate::config::{self, Config, Source};
+use evergate::config::{self, AccessLogTarget, Config, Source};
 use evergate::telemetry::Telemetry;
 use evergate::telemetry::metrics::End;
 use toml::{Table, Value};
@@ -143,7 +143,11 @@ impl Proxy {
             Ok(config) => config,
             Err(errors) => panic!("{errors}\n{toml}"),
         };
-        let telemetry = Arc::new(Telemetry::silent());
+        // Records are written only where a test reads them.
+        let telemetry = Arc::new(match config.telemetry.access_log {
+            AccessLogTarget::File(_) => Telemetry::new(&config.telemetry).unwrap(),
+            _ => Telemetry::silent(),
+        });
         let running = app::start(Plan { config, source }, telemetry.clone()).unwrap();
         Self { addr: running.addresses()[0], admin_addr: running.admin(), telemetry, running }
     }

@@ -34,6 +34,8 @@ pub enum Step {
     Rst,
     /// Closes the listener: further connections are refused, this one lives on.
     CloseListener,
+    /// Death of the process: see [`Backend::stop`](super::backend::Backend::stop).
+    Die,
 }
 
 impl Step {

@@ -5,15 +5,15 @@ use std::time::Duration;
 use serde_json::json;
 use tokio::net::TcpStream;
 
-use super::backend::{Backend, NeverAccepting, Script};
-use super::client::{
+use crate::support::backend::{Backend, NeverAccepting, Script};
+use crate::support::client::{
     Client, End, H2Client, Request, assert_is_healthy_stream, chat_request, events, send, stream_seen,
 };
-use super::h2_backend::{H2Answer, H2Backend, H2Raw, H2Step, RawFrame};
-use super::proxy::ProxyBuilder;
-use super::reply::{self, Step, Talk, Then as _};
-use super::tls::{Authority, Certificate};
-use super::{PATIENCE, eventually, hash, within};
+use crate::support::h2_backend::{H2Answer, H2Backend, H2Raw, H2Step, RawFrame};
+use crate::support::proxy::ProxyBuilder;
+use crate::support::reply::{self, Step, Talk, Then as _};
+use crate::support::tls::{Authority, Certificate};
+use crate::support::{PATIENCE, eventually, hash, within};
 
 #[tokio::test]
 async fn a_healthy_backend_answers_and_remembers() {

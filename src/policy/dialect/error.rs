@@ -40,7 +40,7 @@ pub fn is_model_not_found(status: StatusCode, body: &[u8]) -> bool {
 
 /// Whether the answer says that the prompt is too long for the model: a larger one may take it.
 pub fn is_context_length(status: StatusCode, body: &[u8]) -> bool {
-    status.is_client_error() && Words::of(body).name_the_context_length()
+    matches!(status.as_u16(), 400 | 413 | 422) && Words::of(body).name_the_context_length()
 }
 
 /// Whether the answer says that a content filter refused: nobody else is to be asked.
@@ -86,6 +86,7 @@ const CONTEXT_LENGTHS: &[&str] = &[
     "prompt is too long",
     "input is too long",
     "`inputs` tokens + `max_new_tokens` must be",
+    "`inputs` must have less than",
     "requested token count exceeds",
 ];
 
@@ -95,7 +96,7 @@ fn classify(words: &Words, status: Option<u16>) -> ErrorClass {
     }
     if words.name_the_context_length() || words.name_a_content_filter() {
         let client = status.filter(|status| (400..500).contains(status));
-        return ErrorClass::ClientFault(client.unwrap_or(400));
+        return ErrorClass::ClientFault(client.or_else(|| words.named_client_fault()).unwrap_or(400));
     }
     if let Some(status) = status.or(words.status) {
         return match status {
@@ -366,7 +367,16 @@ mod tests {
     #[test]
     fn a_long_prompt_and_a_filter_are_recognised() {
         for body in [
+            // vLLM, three wordings.
             r#"{"error":{"message":"This model's maximum context length is 4096 tokens. However, you requested 5000","code":400}}"#,
+            r#"{"object":"error","message":"The decoder prompt (length 9000) is longer than the maximum model length of 8192.","type":"BadRequestError","code":400}"#,
+            r#"{"error":{"message":"'max_tokens' is too large: 9. This model's maximum context length is 8 tokens and your request has 7 input tokens","type":"BadRequestError","param":null,"code":400}}"#,
+            // SGLang.
+            r#"{"object":"error","message":"The input (9000 tokens) is longer than the model's context length (8192 tokens).","type":"BadRequestError","param":null,"code":400}"#,
+            r#"{"object":"error","message":"Requested token count exceeds the model's maximum context length of 8192 tokens.","type":"BadRequestError","code":400}"#,
+            // TGI.
+            r#"{"error":"Input validation error: `inputs` must have less than 1024 tokens. Given: 2000","error_type":"validation"}"#,
+            // llama.cpp, TGI, OpenAI, Anthropic.
             r#"{"error":{"code":400,"type":"exceed_context_size_error","message":"the request exceeds the available context size"}}"#,
             r#"{"error":"Input validation error: `inputs` tokens + `max_new_tokens` must be <= 4096","error_type":"validation"}"#,
             r#"{"error":{"message":"x","code":"context_length_exceeded"}}"#,
@@ -374,6 +384,11 @@ mod tests {
         ] {
             assert!(is_context_length(StatusCode::BAD_REQUEST, body.as_bytes()), "{body}");
             assert!(!is_content_filter(StatusCode::BAD_REQUEST, body.as_bytes()), "{body}");
+        }
+        // The same words with a status that says something else.
+        let quoted = r#"{"error":{"message":"This model's maximum context length is 4096 tokens"}}"#;
+        for status in [401, 404, 429, 500] {
+            assert!(!is_context_length(StatusCode::from_u16(status).unwrap(), quoted.as_bytes()), "{status}");
         }
         let filtered = r#"{"error":{"message":"The response was filtered due to our content management policy","code":"content_filter"}}"#;
         assert!(is_content_filter(StatusCode::BAD_REQUEST, filtered.as_bytes()));

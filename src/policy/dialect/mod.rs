@@ -4,6 +4,7 @@
 //! request head ─▶ Endpoint::of ─▶ request_facts(body)       may it be sent again, whose model, a stream?
 //! answer       ─▶ EventReader (read_event) ─▶ StreamProgress   is this a token, an end, an error; is it whole?
 //!              ─▶ check_answer(body)                        the same for an answer in one piece
+//! own questions ─▶ Question, check_reply(body)               whether a token comes, asked by a probe
 //! own errors   ─▶ error_body, error_event                   in the words the client's SDK understands
 //! ```
 //!
@@ -16,6 +17,7 @@
 mod answer;
 mod anthropic;
 mod endpoint;
+mod engine;
 mod error;
 mod event;
 mod grpc;
@@ -23,11 +25,13 @@ mod kserve;
 mod native;
 mod ollama;
 mod openai;
+mod question;
 mod rejection;
 mod request;
 
 pub use answer::{BadAnswer, check_answer};
 pub use endpoint::{Dialect, Endpoint};
+pub use engine::Engine;
 pub use error::{
     ErrorClass, classify_error_answer, classify_error_body, is_content_filter, is_context_length,
     is_model_not_found,
@@ -36,5 +40,6 @@ pub use event::{
     Choices, EventFacts, EventReader, Finish, InvalidEvent, StreamProgress, Text, TextKind, read_event,
 };
 pub use grpc::{grpc_class, grpc_message, grpc_status};
+pub use question::{BadReply, Question, check_reply};
 pub use rejection::{Rejection, error_body, error_event};
 pub use request::{RequestFacts, request_facts};

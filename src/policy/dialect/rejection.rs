@@ -82,20 +82,24 @@ fn error_json(dialect: Dialect, rejection: &Rejection<'_>) -> Vec<u8> {
         Dialect::Anthropic => {
             json.string("type", "error").begin("error");
             json.string("type", anthropic_type(rejection.status));
-            json.string("message", &rejection.message).string("code", rejection.code).end();
+            json.string("message", &rejection.message).string("code", rejection.code);
+            json.number("attempts", rejection.attempts.into()).end();
             json.string("request_id", rejection.request_id);
         }
         Dialect::Kserve | Dialect::Ollama => {
-            json.string("error", &rejection.message);
+            json.string("error", &rejection.message).string("code", rejection.code);
+            json.string("request_id", rejection.request_id).number("attempts", rejection.attempts.into());
         }
         Dialect::Tgi => {
             json.string("error", &rejection.message).string("error_type", tgi_type(rejection.status));
-            json.string("code", rejection.code);
+            json.string("code", rejection.code).string("request_id", rejection.request_id);
+            json.number("attempts", rejection.attempts.into());
         }
         Dialect::LlamaCpp => {
             json.begin("error").number("code", rejection.status.as_u16().into());
             json.string("message", &rejection.message).string("type", openai_type(rejection.status));
-            json.string("reason", rejection.code).string("request_id", rejection.request_id).end();
+            json.string("reason", rejection.code).string("request_id", rejection.request_id);
+            json.number("attempts", rejection.attempts.into()).end();
         }
         Dialect::OpenAi | Dialect::Grpc | Dialect::Plain => {
             json.begin("error").string("message", &rejection.message);
@@ -254,10 +258,18 @@ mod tests {
         assert_eq!(
             body(Dialect::Anthropic),
             json!({"type": "error", "error": {"type": "api_error", "message": "gone",
-                "code": "replica_lost"}, "request_id": "req-1"})
+                "code": "replica_lost", "attempts": 2}, "request_id": "req-1"})
         );
-        assert_eq!(body(Dialect::Kserve), json!({"error": "gone"}));
-        assert_eq!(body(Dialect::Ollama), json!({"error": "gone"}));
+        for dialect in [Dialect::Kserve, Dialect::Ollama] {
+            assert_eq!(
+                body(dialect),
+                json!({"error": "gone", "code": "replica_lost", "request_id": "req-1", "attempts": 2})
+            );
+        }
+        for dialect in [Dialect::LlamaCpp, Dialect::Tgi] {
+            let text = body(dialect).to_string();
+            assert!(text.contains("replica_lost") && text.contains("req-1"), "{text}");
+        }
         assert_eq!(body(Dialect::LlamaCpp)["error"]["code"], json!(502));
         assert_eq!(body(Dialect::Tgi)["error_type"], json!("incomplete_generation"));
         assert_eq!(error_body(Dialect::Plain, &lost("gone")).1, b"replica_lost: gone\n");

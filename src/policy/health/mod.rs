@@ -509,6 +509,16 @@ impl Health {
         self.window.rate(now, self.known.window, self.known.outcomes_min)
     }
 
+    /// The last success or first token, if no fault came after it.
+    pub fn served_at(&self) -> Option<Moment> {
+        self.served
+    }
+
+    /// Whether its probes fail and are not believed, because requests succeed.
+    pub fn outvotes_probes(&self) -> bool {
+        self.probing.outvoted
+    }
+
     /// Whether it serves requests: at most one fault, which may yet be forgiven, since the last success, and few
     /// before. Of a backend that fails others too, a failure does not show that it was the request's own.
     pub fn serves(&self, now: Moment) -> bool {

@@ -104,6 +104,14 @@ pub enum Cause {
 }
 
 impl Cause {
+    /// Whether the connection was lost: whoever answers at that address next may be another process.
+    pub fn lost_connection(self) -> bool {
+        matches!(
+            self,
+            Self::Refused | Self::ConnectTimeout | Self::Unreachable | Self::Closed | Self::Truncated
+        )
+    }
+
     /// The word for logs and metric labels. Bounded: statuses are grouped by verdict elsewhere.
     pub fn name(self) -> &'static str {
         match self {

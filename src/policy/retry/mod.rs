@@ -222,6 +222,19 @@ pub fn decide(
     Next::Failover
 }
 
+/// Whether failures of one exchange, one for each backend it was sent to, are its own: every backend said the
+/// same, and none the contrary. Otherwise one client that repeats one broken request would eject a fleet that
+/// nobody else uses just then. Backends that fail all requests are found out by the next one that succeeds.
+pub fn all_failed_alike(causes: impl IntoIterator<Item = Cause>) -> bool {
+    let mut causes = causes.into_iter();
+    let Some(first) = causes.next().filter(|cause| cause.may_be_the_requests_own()) else { return false };
+    let mut others = 0;
+    causes.all(|cause| {
+        others += 1;
+        cause == first
+    }) && others > 0
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -308,6 +321,14 @@ mod tests {
         let mut history = History::new(3);
         history.add(&broken);
         assert_eq!(next(&history, &failed, true, true), Next::Failover);
+    }
+
+    #[test]
+    fn what_all_backends_fail_alike_says_nothing_about_them() {
+        let (a, b) = (Cause::Status(500), Cause::Status(502));
+        assert!(all_failed_alike([a, a]) && all_failed_alike([a, a, a]));
+        assert!(!all_failed_alike([a]) && !all_failed_alike([a, b, a]) && !all_failed_alike([]));
+        assert!(!all_failed_alike([Cause::Closed, Cause::Closed]), "a dead backend is dead for everybody");
     }
 
     #[test]
