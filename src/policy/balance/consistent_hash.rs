@@ -93,6 +93,31 @@ mod tests {
         fleet.0[i].identity
     }
 
+    #[test]
+    fn the_bound_is_a_share_of_the_mean_with_the_new_request_counted_in() {
+        for key in 0..50 {
+            let mut fleet = Fleet::of(3);
+            let preferred = choose(&fleet, key);
+            // A quarter above a mean of (30 + 1) / 3 is 12.917.
+            for (load, stays) in [(10.0, true), (12.7, true), (12.91, true), (12.92, false), (20.0, false)] {
+                for backend in &mut fleet.0 {
+                    backend.load = if backend.identity == preferred { load } else { (30.0 - load) / 2.0 };
+                }
+                assert_eq!(choose(&fleet, key) == preferred, stays, "{load}");
+            }
+        }
+    }
+
+    #[test]
+    fn no_key_is_alike_for_all_backends() {
+        for key in [0, 1, 1 << 63, u64::MAX] {
+            let fleet = Fleet::of(20);
+            let mut reversed = fleet.clone();
+            reversed.0.reverse();
+            assert_eq!(choose(&fleet, key), choose(&reversed, key), "{key:x}: a tie");
+        }
+    }
+
     proptest! {
         #[test]
         fn a_departure_moves_only_its_own_keys(

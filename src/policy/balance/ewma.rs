@@ -114,6 +114,36 @@ mod tests {
     use std::time::Duration;
 
     #[test]
+    fn an_observation_counts_by_its_age_and_by_how_many_there_are() {
+        let near = |ewma: &Ewma, expected: f64| (ewma.value().expect("observed") - expected).abs() < 1e-9;
+        let mut ewma = Ewma::default();
+        ewma.observe(Moment::ZERO, 1.0);
+        let later = Moment::ZERO + FIRST_TOKEN_HALF_LIFE;
+        ewma.observe(later, 4.0);
+        assert!(near(&ewma, 3.0), "half a one against a whole one: {ewma:?}");
+        ewma.observe(later, 8.0);
+        assert!(near(&ewma, 5.0), "one and a half against one: {ewma:?}");
+        let mut ewma = Ewma::default();
+        ewma.observe(Moment::ZERO, 0.0);
+        assert_eq!(ewma.value(), Some(0.0), "at once is a time too");
+    }
+
+    #[test]
+    fn a_failure_is_half_forgotten_by_half_lives_and_wholly_after_forty_seconds() {
+        let near = |failures: &RecentFailures, at: Moment, count: f64| {
+            (failures.factor(at) - count.exp2()).abs() < 1e-9
+        };
+        let after = |half_lives: u32| Moment::ZERO + FAILURE_HALF_LIFE * half_lives;
+        let mut failures = RecentFailures::default();
+        failures.fail(Moment::ZERO);
+        assert!(near(&failures, after(1), 0.5));
+        assert!(near(&failures, after(4), 0.0625));
+        assert!(near(&failures, after(4) + Duration::from_micros(1), 0.0));
+        failures.fail(after(1));
+        assert!(near(&failures, after(1), 1.5));
+    }
+
+    #[test]
     fn an_unobserved_backend_is_worth_the_median() {
         let ewma = Ewma::default();
         assert_eq!(ewma.value(), None);

@@ -240,6 +240,18 @@ fn failing_probes_are_outvoted_by_succeeding_traffic() {
 }
 
 #[test]
+fn one_success_while_probes_fail_outvotes_all_of_them() {
+    let mut bench = Bench::healthy();
+    bench.probe(ProbeVerdict::Fail);
+    bench.pass(1.0);
+    bench.observe(Observation::Success);
+    bench.pass(1.0);
+    bench.probe(ProbeVerdict::Fail);
+    bench.pass(1.0);
+    assert_eq!(bench.probe(ProbeVerdict::Fail), Some(Transition::ProbesOutvoted { fails: 3 }));
+}
+
+#[test]
 fn success_from_before_the_probes_failed_outvotes_nothing() {
     let mut bench = Bench::healthy();
     bench.observe(Observation::Success);
