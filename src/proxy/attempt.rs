@@ -137,7 +137,7 @@ type End = (Cause, Option<Answer>);
 
 impl Attempt<'_> {
     /// Runs it to its gate. `body` is asked for once a connection stands.
-    pub(super) async fn run(mut self, body: impl FnOnce() -> OutBody) -> Outcome {
+    pub(super) async fn run(mut self, body: impl FnOnce() -> OutBody) -> Box<Outcome> {
         let started = clock::now();
         let mut seen = Seen {
             phase: Phase::Connect,
@@ -174,7 +174,8 @@ impl Attempt<'_> {
             self.choice.lost_connection();
         }
         let first_byte = seen.head_at.map(|at| at.since(started));
-        Outcome { facts, answer, first_byte, started }
+        // Boxed: it is handed on more often than it is made.
+        Box::new(Outcome { facts, answer, first_byte, started })
     }
 
     async fn steps(

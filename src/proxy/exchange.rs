@@ -316,7 +316,7 @@ impl Exchange {
     }
 
     /// On to the next attempt.
-    fn set_aside(&mut self, choice: &Choice, outcome: Outcome, watch: Watch, next: Next) {
+    fn set_aside(&mut self, choice: &Choice, outcome: Box<Outcome>, watch: Watch, next: Next) {
         self.history.add(&outcome.facts);
         self.failed = Some(outcome.facts);
         if matches!(next, Next::Failover | Next::Again) {
@@ -394,7 +394,7 @@ impl Exchange {
     }
 
     /// As [`Self::fall_back`], after an attempt.
-    fn leave_pool(&mut self, leg: Leg, choice: &Choice, outcome: Outcome, watch: Watch, next: Next) {
+    fn leave_pool(&mut self, leg: Leg, choice: &Choice, outcome: Box<Outcome>, watch: Watch, next: Next) {
         let refusal = match next {
             Next::GiveUp(reason) => Some(self.failure(&outcome.facts, reason)),
             _ => None,
@@ -423,7 +423,7 @@ impl Exchange {
     fn give_up(
         mut self: Box<Self>,
         choice: Choice,
-        outcome: Outcome,
+        outcome: Box<Outcome>,
         watch: Watch,
         reason: Reason,
     ) -> Response<AnswerBody> {
@@ -471,7 +471,12 @@ impl Exchange {
     }
 
     /// The commit point: from here on the client sees it.
-    fn relay(mut self: Box<Self>, choice: Choice, outcome: Outcome, watch: Watch) -> Response<AnswerBody> {
+    fn relay(
+        mut self: Box<Self>,
+        choice: Choice,
+        outcome: Box<Outcome>,
+        watch: Watch,
+    ) -> Response<AnswerBody> {
         let taught = retry::verdict(&outcome.facts) != Verdict::Success;
         let cause = outcome.facts.cause;
         // Who answers is alive, whatever the answer says; a stream has yet to come to its end.

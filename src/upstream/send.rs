@@ -118,11 +118,13 @@ async fn h1_answer(
 
 /// Whether a head says that its connection ends with the message.
 fn says_close(headers: &HeaderMap) -> bool {
-    headers.get_all(header::CONNECTION).iter().any(|value| {
+    let says = |value: &HeaderValue| {
         value
             .to_str()
             .is_ok_and(|value| value.split(',').any(|word| word.trim().eq_ignore_ascii_case("close")))
-    })
+    };
+    // Nearly no head has the field, and looking for one is cheaper than looking for several.
+    headers.contains_key(header::CONNECTION) && headers.get_all(header::CONNECTION).iter().any(says)
 }
 
 async fn send_h2(lane: Arc<Lane>, stream: H2Stream, request: Request<OutBody>) -> Result<Answer, SendError> {
