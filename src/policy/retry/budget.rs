@@ -242,20 +242,20 @@ mod tests {
     }
 
     #[test]
-    fn what_is_left_is_a_share_of_the_requests_of_ten_seconds_and_the_floor() {
+    fn what_is_left_is_a_share_of_the_requests_of_ten_seconds_and_the_floor_but_a_reserve() {
         let (mut budget, policy) =
             (Budget::default(), RetryPolicy { budget_floor: 1.0, ..RetryPolicy::default() });
         let left = |budget: &mut Budget, secs: f64| (budget.left(at(secs), &policy) * 10.0).round() / 10.0;
-        assert_eq!((budget.requests(at(0.0)), left(&mut budget, 0.0)), (0, 10.0));
+        assert_eq!((budget.requests(at(0.0)), left(&mut budget, 0.0)), (0, 9.0));
         (0..50).for_each(|_| budget.deposit(at(0.5)));
         (0..25).for_each(|_| budget.deposit(at(3.0)));
-        assert_eq!((budget.requests(at(3.0)), left(&mut budget, 3.0)), (75, 25.0));
-        assert_eq!((0..100).filter(|_| budget.withdraw(at(4.0), &policy)).count(), 25);
+        assert_eq!((budget.requests(at(3.0)), left(&mut budget, 3.0)), (75, 24.0));
+        assert_eq!((0..100).filter(|_| budget.withdraw(at(4.0), &policy)).count(), 24);
         assert_eq!(left(&mut budget, 4.0), 0.0);
         assert_eq!((budget.requests(at(9.99)), left(&mut budget, 9.99)), (75, 0.0));
         assert_eq!(budget.requests(at(10.0)), 25, "the first second has left the window");
         assert_eq!(left(&mut budget, 10.0), 0.0, "and the retries it paid for are still there");
-        assert_eq!((budget.requests(at(13.0)), left(&mut budget, 14.0)), (0, 10.0));
+        assert_eq!((budget.requests(at(13.0)), left(&mut budget, 14.0)), (0, 9.0));
         budget.deposit(at(2.0));
         assert_eq!(budget.requests(at(14.0)), 1, "a clock that is late counts as now");
         assert_eq!(budget.requests(at(1000.0)), 0);
