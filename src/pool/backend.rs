@@ -222,6 +222,12 @@ impl Record {
         factor
     }
 
+    /// What it did before its return is held against it no more.
+    pub(super) fn forget_failures(&self) {
+        *self.failures.lock() = RecentFailures::default();
+        self.failed_lately.store(false, Ordering::Release);
+    }
+
     /// A first token came after `seconds`.
     pub fn first_token(&self, class: Class, now: Moment, seconds: f64) {
         self.first_token.lock()[class.index()].observe(now, seconds);

@@ -91,15 +91,15 @@ impl Choice {
         }
     }
 
-    /// Whether the backend serves others, so that a failure may be the request's own.
+    /// Whether the backend has served others since this attempt began, so that a failure may be the request's own.
     pub fn serves(&self) -> bool {
-        let now = clock::now();
-        self.record.read(|health| health.serves(now))
+        let (now, since) = (clock::now(), self.in_flight.started());
+        self.record.read(|health| health.serves(now, since))
     }
 
     /// What is needed to take a fault back later.
     pub fn receipt(&self) -> Receipt {
-        Receipt { pool: self.pool.clone(), record: self.record.clone() }
+        Receipt { pool: self.pool.clone(), record: self.record.clone(), since: self.in_flight.started() }
     }
 
     /// The counter that grows when this choice's backend is ejected, and its value now.
@@ -118,9 +118,17 @@ impl Choice {
 pub struct Receipt {
     pool: Arc<Pool>,
     record: Arc<Record>,
+    /// When the attempt began.
+    since: Moment,
 }
 
 impl Receipt {
+    /// Whether the backend has served others since: by now there may be more to say than when it failed.
+    pub fn serves(&self) -> bool {
+        let now = clock::now();
+        self.record.read(|health| health.serves(now, self.since))
+    }
+
     /// The fault observed last was the request's own.
     pub fn forgive(self) {
         self.record.judge(&self.pool.config.health, clock::now(), |health| {
@@ -167,7 +175,7 @@ impl Pool {
         self.settle(now);
         self.members.iter().for_each(|member| member.backend.forget_cap(now));
         self.state.count_finished(now);
-        self.state.look();
+        self.state.tick_lines(now);
         self.state.turn_peak(now);
         self.state.publish_budget(&self.config.retry, now);
         for class in Class::all() {
@@ -330,6 +338,8 @@ impl Pool {
             }
             Transition::Readmitted { .. } => {
                 backend.signs.forget_speed(clock::now());
+                record.forget_failures();
+                backend.whole().forget_failures();
                 self.state.backend_returned();
             }
             Transition::ProbesPassed { .. } | Transition::ProvenByTraffic | Transition::RefusalOver => {

@@ -35,6 +35,8 @@ struct Inner {
     queue: Queue<Arc<Call>>,
     /// A crowd is being let in.
     pace: Option<Pace>,
+    /// Called and not yet heard of.
+    called: usize,
     /// A look is under way, and another was asked for meanwhile.
     looking: bool,
     look_again: bool,
@@ -125,6 +127,14 @@ impl Line {
         self.inner.lock().call(reason, now);
     }
 
+    /// Time has passed: a look, unless somebody is called just now and will tell.
+    pub(super) fn tick(&self, now: Moment) {
+        let mut inner = self.inner.lock();
+        if inner.called == 0 {
+            inner.call(Reason::Look, now);
+        }
+    }
+
     /// A backend returned: those who wait are let in by and by.
     pub(super) fn backend_returned(&self, now: Moment) {
         let mut inner = self.inner.lock();
@@ -150,7 +160,8 @@ impl Line {
 
 impl Inner {
     fn call(&mut self, reason: Reason, now: Moment) {
-        if reason == Reason::Look && self.looking {
+        // Whoever looks just now finds the slot, or looks again: another called beside might overtake.
+        if self.looking {
             self.look_again = true;
             return;
         }
@@ -163,16 +174,17 @@ impl Inner {
             self.in_vain = 0;
             return;
         };
+        self.called += 1;
         self.looking |= reason == Reason::Look;
         call.set(Some(reason));
         call.notify.notify_one();
     }
 
-    /// A look is over.
-    fn looked(&mut self, found: bool) {
-        self.looking = false;
-        if found {
-            self.in_vain = 0;
+    /// Somebody who was called has found a backend, or none, or left.
+    fn heard(&mut self, reason: Reason) {
+        self.called -= 1;
+        if reason == Reason::Look {
+            self.looking = false;
         }
     }
 }
@@ -214,8 +226,8 @@ impl Waiting {
             Some(reason) => {
                 self.call.set(None);
                 inner.queue.put_back(self.place, deadline, self.call.clone());
+                inner.heard(reason);
                 if reason == Reason::Look {
-                    inner.looked(false);
                     // Slots, or the state of the backends, are the limit now.
                     inner.pace = None;
                     inner.in_vain += 1;
@@ -231,7 +243,7 @@ impl Waiting {
         }
     }
 
-    /// It found somebody. The line, if it is to hear of the first token.
+    /// It found somebody, called or not. The line, if it is to hear of the first token.
     pub fn let_in(mut self) -> Option<Arc<Line>> {
         let now = clock::now();
         let mut inner = self.line.inner.lock();
@@ -243,10 +255,14 @@ impl Waiting {
             }
             _ => false,
         };
-        if reason == Some(Reason::Look) {
-            inner.looked(true);
-            inner.look_again = false;
-            inner.call(Reason::Look, now);
+        match reason {
+            None => drop(inner.queue.cancel(self.place)),
+            Some(Reason::Slot) => inner.heard(Reason::Slot),
+            Some(Reason::Look) => {
+                inner.heard(Reason::Look);
+                (inner.in_vain, inner.look_again) = (0, false);
+                inner.call(Reason::Look, now);
+            }
         }
         drop(inner);
         self.leave();
@@ -274,9 +290,7 @@ impl Drop for Waiting {
                 inner.queue.cancel(self.place);
             }
             Some(reason) => {
-                if reason == Reason::Look {
-                    inner.looked(false);
-                }
+                inner.heard(reason);
                 inner.call(reason, clock::now());
             }
         }

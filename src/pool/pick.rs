@@ -67,6 +67,8 @@ pub struct Wanted<'a> {
     pub prompt_bytes: u64,
     /// The only backend that may take it, where it is kept apart from others.
     pub only: Option<BackendId>,
+    /// Rather a backend that has shown life since: what failed once had better not meet a second that is sick.
+    pub proven_since: Option<Moment>,
     /// Whether it may be lost: then it may be a backend's trial.
     pub replayable: bool,
     /// The retry budget has paid for this attempt already.
@@ -141,22 +143,29 @@ impl Pool {
     /// Why nobody can take it.
     pub fn pick(self: &Arc<Self>, wanted: &Wanted<'_>, rng: &mut fastrand::Rng) -> Result<Choice, Nobody> {
         let now = clock::now();
-        if wanted.replayable
-            && self.state.trials_open()
-            && let Some(choice) = self.pick_trial(wanted, now)
-        {
+        let again = wanted.proven_since.is_some();
+        // Who failed once had better not meet a convalescent next.
+        if !again && let Some(choice) = self.pick_trial(wanted, now) {
             return Ok(choice);
         }
-        let view = View { pool: self, wanted, now };
-        let request = balance::Request { affinity: wanted.affinity };
-        if let Some(i) = balance::pick(&self.config.balance, &view, &request, &self.state.cursor, rng) {
+        let mut pick = |proven_since| {
+            let view = View { pool: self, wanted, proven_since, now };
+            let request = balance::Request { affinity: wanted.affinity };
+            balance::pick(&self.config.balance, &view, &request, &self.state.cursor, rng)
+        };
+        let chosen = pick(wanted.proven_since).or_else(|| if again { pick(None) } else { None });
+        if let Some(i) = chosen {
             return Ok(self.choose(i, wanted, now));
         }
-        self.pick_suspect(wanted, now).map_or_else(|| Err(self.nobody(wanted)), Ok)
+        let trial = if again { self.pick_trial(wanted, now) } else { None };
+        trial.or_else(|| self.pick_suspect(wanted, now)).ok_or_else(|| self.nobody(wanted))
     }
 
     /// A backend whose ejection is over needs one real request to come back.
     fn pick_trial(self: &Arc<Self>, wanted: &Wanted<'_>, now: Moment) -> Option<Choice> {
+        if !wanted.replayable || !self.state.trials_open() {
+            return None;
+        }
         let mut any = false;
         for (i, member) in self.members.iter().enumerate() {
             let record = self.record(i, wanted.model);
@@ -316,6 +325,8 @@ impl Wanted<'_> {
 struct View<'a> {
     pool: &'a Pool,
     wanted: &'a Wanted<'a>,
+    /// Only who has shown life since.
+    proven_since: Option<Moment>,
     now: Moment,
 }
 
@@ -340,6 +351,9 @@ impl Candidates for View<'_> {
     fn admissible(&self, i: usize) -> bool {
         let member = &self.pool.members[i];
         let backend = &member.backend;
+        if self.proven_since.is_some_and(|since| backend.signs.moved_at() < since) {
+            return false;
+        }
         let shunned = backend.signs.is_shunned();
         if backend.admin() != Administrative::Enabled || shunned || self.wanted.has_tried(member) {
             return false;

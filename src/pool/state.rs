@@ -249,7 +249,14 @@ impl PoolState {
         }
     }
 
-    /// One of those who wait may find somebody now: a backend wants a trial, a pause is over, time has passed.
+    /// Time has passed: a pause may be over, a slow start have let a slot in, a budget have filled.
+    pub(super) fn tick_lines(&self, now: Moment) {
+        if self.waiters() > 0 {
+            self.each_line(|line| line.tick(now));
+        }
+    }
+
+    /// One of those who wait may find somebody now: a backend wants a trial.
     pub(super) fn look(&self) {
         if self.waiters() > 0 {
             let now = clock::now();

@@ -170,7 +170,10 @@ impl Exchange {
         !self.body.is_streamed() && self.leg.policy.replay.allows(&self.asked.nature)
     }
 
-    fn decide(&self, facts: &Facts, verdict: Verdict) -> Next {
+    fn decide(&mut self, facts: &Facts, verdict: Verdict) -> Next {
+        if self.faults.last().is_some_and(|(_, receipt)| receipt.serves()) {
+            self.history.last_serves_others();
+        }
         let first = self.history.attempts() == 0;
         let state = &self.leg.pool.state;
         let budget = || state.may_retry(&self.leg.policy, first);

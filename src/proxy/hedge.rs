@@ -144,7 +144,8 @@ impl Exchange {
         let tried: smallvec::SmallVec<[_; 4]> =
             self.tried.iter().copied().chain([late.backend().id]).collect();
         // Never somebody's trial: what is late already must not wait for a convalescent.
-        let wanted = Wanted { tried: &tried, replayable: false, ..self.wanted() };
+        let since = Some(late.in_flight.started());
+        let wanted = Wanted { tried: &tried, proven_since: since, replayable: false, ..self.wanted() };
         let choice = self.worker.with_rng(|rng| self.leg.pool.pick(&wanted, rng)).ok()?;
         let Some(hedge) = self.leg.pool.state.may_hedge(&self.leg.policy, &self.leg.pool.config.progress)
         else {

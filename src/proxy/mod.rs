@@ -181,6 +181,7 @@ impl Worker {
             affinity: None,
             prompt_bytes: 0,
             only: None,
+            proven_since: None,
             replayable: false,
             paid: false,
         };

@@ -231,7 +231,7 @@ async fn handshake<T>(target: &Target, io: T, h2: bool, upgradable: bool) -> Res
 where
     T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let (io, traffic) = Tap::new(io);
+    let (io, traffic) = Tap::new(io, target.lost.clone());
     let io = TokioIo::new(io);
     if h2 {
         handshake_h2(target, io, traffic).await
@@ -256,25 +256,18 @@ where
         .handshake::<_, OutBody>(io)
         .await?;
     // Errors of the connection reach the exchange on it. One that we close ourselves ends with its task.
-    let (lost, seen) = (target.lost.clone(), traffic.clone());
+    let seen = traffic.clone();
     let task = if upgradable {
         tokio::spawn(async move { drop(connection.with_upgrades().await) })
     } else {
         tokio::spawn(async move {
             drop(connection.await);
             if seen.is_idle() {
-                lost();
+                seen.closed();
             }
         })
     };
-    Ok(Opened::H1(H1 {
-        sender,
-        era: 0,
-        traffic,
-        last: false,
-        lost: target.lost.clone(),
-        _task: Task::new(task.abort_handle(), &target.open),
-    }))
+    Ok(Opened::H1(H1 { sender, era: 0, traffic, _task: Task::new(task.abort_handle(), &target.open) }))
 }
 
 async fn handshake_h2<T>(target: &Target, io: TokioIo<T>, traffic: Arc<Traffic>) -> hyper::Result<Opened>

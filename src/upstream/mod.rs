@@ -62,9 +62,6 @@ struct H1 {
     /// The lane's, when it was begun.
     era: u64,
     traffic: Arc<Traffic>,
-    /// We or its peer have said that it closes after this answer.
-    last: bool,
-    lost: Lost,
     _task: Task,
 }
 
@@ -254,9 +251,7 @@ impl Lane {
 
     fn keep(&self, connection: H1) {
         if connection.sender.is_closed() {
-            if !connection.last {
-                (connection.lost)();
-            }
+            connection.traffic.closed();
             return;
         }
         let mut idle = self.idle.lock();

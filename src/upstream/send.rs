@@ -79,7 +79,7 @@ impl Lease {
 
 fn send_h1(lane: Arc<Lane>, mut h1: H1, request: Request<OutBody>) -> Sending {
     h1.traffic.mark();
-    h1.last = says_close(request.headers());
+    h1.traffic.set_last(says_close(request.headers()));
     let before = (h1.traffic.written(), h1.traffic.read());
     // Handed over here, so that only what waits for the answer is boxed.
     let sent = h1.sender.try_send_request(request);
@@ -88,7 +88,7 @@ fn send_h1(lane: Arc<Lane>, mut h1: H1, request: Request<OutBody>) -> Sending {
 
 async fn h1_answer(
     lane: Arc<Lane>,
-    mut h1: H1,
+    h1: H1,
     before: (u64, u64),
     sent: impl Future<Output = Result<Response<Incoming>, TrySendError<Request<OutBody>>>>,
 ) -> Result<Answer, SendError> {
@@ -96,7 +96,9 @@ async fn h1_answer(
         Ok(response) => {
             let (mut head, incoming) = response.into_parts();
             // Of this connection, not of the client's.
-            h1.last |= head.version < Version::HTTP_11 || says_close(&head.headers);
+            if head.version < Version::HTTP_11 || says_close(&head.headers) {
+                h1.traffic.set_last(true);
+            }
             head.version = Version::HTTP_11;
             if head.headers.contains_key(header::TRANSFER_ENCODING) {
                 // RFC 9112 §6.3: the encoding wins. hyper obeys, and leaves the length for others to believe.

@@ -13,9 +13,9 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::clock;
 use crate::policy::Moment;
+use crate::upstream::connect::Lost;
 
 /// What has passed over one connection so far.
-#[derive(Debug, Default)]
 pub struct Traffic {
     written: AtomicU64,
     read: AtomicU64,
@@ -23,6 +23,9 @@ pub struct Traffic {
     first_read: AtomicU64,
     /// It is kept and waits for its next request.
     idle: AtomicBool,
+    /// One of the two sides has said that it closes after this answer.
+    last: AtomicBool,
+    lost: Lost,
 }
 
 impl Traffic {
@@ -57,6 +60,17 @@ impl Traffic {
     pub(super) fn set_idle(&self, idle: bool) {
         self.idle.store(idle, Ordering::Relaxed);
     }
+
+    pub(super) fn set_last(&self, last: bool) {
+        self.last.store(last, Ordering::Relaxed);
+    }
+
+    /// The peer closed it between two requests. Whoever wants to know is told, unless that was to be expected.
+    pub(super) fn closed(&self) {
+        if !self.last.load(Ordering::Relaxed) {
+            (self.lost)();
+        }
+    }
 }
 
 /// The connection, counted.
@@ -67,8 +81,15 @@ pub(super) struct Tap<T> {
 
 impl<T> Tap<T> {
     /// Counts what passes over `inner`.
-    pub(super) fn new(inner: T) -> (Self, Arc<Traffic>) {
-        let traffic = Arc::new(Traffic::default());
+    pub(super) fn new(inner: T, lost: Lost) -> (Self, Arc<Traffic>) {
+        let traffic = Arc::new(Traffic {
+            written: AtomicU64::new(0),
+            read: AtomicU64::new(0),
+            first_read: AtomicU64::new(0),
+            idle: AtomicBool::new(false),
+            last: AtomicBool::new(false),
+            lost,
+        });
         (Self { inner, traffic: traffic.clone() }, traffic)
     }
 }

@@ -270,6 +270,7 @@ async fn an_ejection_calls_for_a_probe_before_the_interval_is_over() {
             affinity: None,
             prompt_bytes: 0,
             only: None,
+            proven_since: None,
             paid: false,
             replayable: true,
         };
@@ -676,6 +677,7 @@ async fn no_token_is_asked_for_while_real_requests_get_theirs() {
             paid: false,
             tried: &[],
             only: None,
+            proven_since: None,
             class: Class::of(Endpoint::ChatCompletions, true),
             model: None,
             affinity: None,
@@ -806,6 +808,7 @@ async fn a_lost_connection_makes_a_backend_say_who_it_is_while_a_peer_works() {
         let wanted = Wanted {
             paid: false,
             only: None,
+            proven_since: None,
             tried,
             class: Class::of(Endpoint::ChatCompletions, true),
             model: None,

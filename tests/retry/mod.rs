@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 use evergate::telemetry::metrics::AttemptOutcome;
 use serde_json::json;
 
-use crate::support::backend::{Backend, Script};
-use crate::support::client::{Answer, Client, End, Request, chat_request, stream_seen};
+use crate::support::backend::{Backend, RequestSeen, Script};
+use crate::support::client::{self, Answer, Client, End, Request, chat_request, stream_seen};
 use crate::support::either::{
     Http, assert_is_right, assert_is_the_chat, assert_is_the_stream, attempts, faults, in_order, state,
 };
@@ -109,7 +109,8 @@ async fn what_two_serving_backends_fail_alike_is_the_requests_own_fault() {
     for http in Http::BOTH {
         let poisoned = |request: &crate::support::backend::RequestSeen| {
             if request.body.windows(6).any(|word| word == b"poison") {
-                reply::json(500, &json!({"error": {"message": "index out of range", "code": 500}}))
+                let failed = json!({"error": {"message": "index out of range", "code": 500}});
+                [vec![Step::Delay(Duration::from_millis(150))], reply::json(500, &failed)].concat()
             } else {
                 reply::healthy(request, &Talk::default())
             }
@@ -126,19 +127,29 @@ async fn what_two_serving_backends_fail_alike_is_the_requests_own_fault() {
             assert_is_the_stream(&http.send(proxy.addr, &chat_request(true)).await);
         }
         let poison = crate::support::client::chat_request_for("test-model", "poison", true);
+        let poisoned_at = |backends: &[Backend]| -> usize {
+            let is_it = |request: &&RequestSeen| request.body.windows(6).any(|word| word == b"poison");
+            backends.iter().map(|backend| backend.requests().iter().filter(is_it).count()).sum()
+        };
+        // Others are served all the while: that is what makes two failures alike the request's own.
+        let others = tokio::spawn({
+            let address = proxy.addr;
+            async move {
+                loop {
+                    assert_is_the_stream(&client::send(address, &chat_request(true)).await);
+                }
+            }
+        });
         for round in 0..6 {
-            let before: usize = counts(&backends).iter().sum();
+            let before = poisoned_at(&backends);
             let answer = http.send(proxy.addr, &poison).await;
             assert_eq!(
                 (answer.status, answer.json()["error"]["message"].as_str()),
                 (500, Some("index out of range"))
             );
-            assert_eq!(
-                counts(&backends).iter().sum::<usize>() - before,
-                2,
-                "round {round}: no third attempt"
-            );
+            assert_eq!(poisoned_at(&backends) - before, 2, "round {round}: no third attempt");
         }
+        others.abort();
         for backend in &backends {
             assert_eq!(state(&proxy, backend.addr()), "healthy", "one client must not eject the fleet");
         }

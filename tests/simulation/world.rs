@@ -556,7 +556,8 @@ impl World {
     /// Facts are known: judge, decide, learn, act.
     fn attempt_ends(&mut self, x: usize, attempt: Attempt, facts: Facts) {
         let i = attempt.choice.backend();
-        let facts = Facts { serves_others: self.gateway.backends[i].health.serves(self.now), ..facts };
+        let facts =
+            Facts { serves_others: self.gateway.backends[i].health.serves(self.now, attempt.began), ..facts };
         let verdict = verdict(&facts);
         let next = self.decide(x, &facts, verdict);
         self.note(|| format!("x{x}: {} at b{i}: {}, so {next:?}", facts.cause.name(), verdict.name()));

@@ -519,10 +519,11 @@ impl Health {
         self.probing.outvoted
     }
 
-    /// Whether it serves requests: at most one fault, which may yet be forgiven, since the last success, and few
-    /// before. Of a backend that fails others too, a failure does not show that it was the request's own.
-    pub fn serves(&self, now: Moment) -> bool {
-        self.served.or(self.served_before).is_some()
+    /// Whether it has served others `since` then: at most one fault, which may yet be forgiven, after the last success,
+    /// and few before. Of a backend that fails others too, or has just begun to, a failure does not show that it was the
+    /// request's own.
+    pub fn serves(&self, now: Moment, since: Moment) -> bool {
+        self.served.or(self.served_before).is_some_and(|served| served >= since)
             && self.success_rate(now).is_none_or(|rate| rate >= WITNESS_SUCCESS_RATE)
     }
 

@@ -175,7 +175,7 @@ fn a_model_is_judged_by_its_requests_alone() {
 
 #[test]
 fn a_backend_that_fails_others_too_is_no_witness_against_a_request() {
-    let serves = |bench: &Bench| bench.health.serves(bench.now);
+    let serves = |bench: &Bench| bench.health.serves(bench.now, Moment::ZERO);
     let mut bench = Bench::healthy();
     assert!(!serves(&bench), "it has shown nothing yet");
     bench.observe(Observation::FirstToken);
@@ -192,6 +192,8 @@ fn a_backend_that_fails_others_too_is_no_witness_against_a_request() {
     assert!(!serves(&bench), "two of twelve");
     bench.observe_times(Observation::Success, 10);
     assert!(serves(&bench));
+    let later = bench.now + Duration::from_millis(1);
+    assert!(!bench.health.serves(later, later), "what it did before is no evidence of what it does");
 }
 
 // Probes

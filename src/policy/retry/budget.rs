@@ -245,6 +245,7 @@ mod tests {
     fn what_is_left_is_a_share_of_the_requests_of_ten_seconds_and_the_floor_but_a_reserve() {
         let (mut budget, policy) =
             (Budget::default(), RetryPolicy { budget_floor: 1.0, ..RetryPolicy::default() });
+        // A tenth of the floor is kept for suspects.
         let left = |budget: &mut Budget, secs: f64| (budget.left(at(secs), &policy) * 10.0).round() / 10.0;
         assert_eq!((budget.requests(at(0.0)), left(&mut budget, 0.0)), (0, 9.0));
         (0..50).for_each(|_| budget.deposit(at(0.5)));

@@ -163,7 +163,7 @@ impl Cause {
 
     /// A failure that the request itself may bring about on every backend.
     pub(super) fn may_be_the_requests_own(self) -> bool {
-        matches!(self, Self::Status(500 | 502 | 504..) | Self::ErrorInside(ErrorClass::ServerFault))
+        matches!(self, Self::Status(500 | 502 | 504..=528 | 530..) | Self::ErrorInside(ErrorClass::ServerFault))
     }
 }
 

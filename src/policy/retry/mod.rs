@@ -149,8 +149,10 @@ pub struct History {
     pub stale: bool,
     /// Backends in the pool: bounds the attempts that sent nothing.
     pub members: usize,
-    /// How the last backend failed, if it serves others.
+    /// How the last backend failed.
     last: Option<Cause>,
+    /// And whether it served others meanwhile.
+    last_serves_others: bool,
 }
 
 impl History {
@@ -161,13 +163,21 @@ impl History {
 
     /// Adds an attempt that has ended.
     pub fn add(&mut self, facts: &Facts) {
-        if facts.sent {
+        if facts.is_stale_connection() && !self.stale {
+            // As free as a failed connect: nothing was learned, and the same backend is asked again.
+        } else if facts.sent {
             self.sent += 1
         } else {
             self.unsent = self.unsent.saturating_add(1)
         }
         self.stale |= facts.is_stale_connection();
-        self.last = facts.serves_others.then_some(facts.cause);
+        self.last = Some(facts.cause);
+        self.last_serves_others = facts.serves_others;
+    }
+
+    /// The last backend has served others since it failed this exchange.
+    pub fn last_serves_others(&mut self) {
+        self.last_serves_others = true;
     }
 
     /// Attempts so far.
@@ -202,7 +212,8 @@ pub fn decide(
         };
     }
     // Two backends that fail everybody alike are two broken backends, and a third may be sound.
-    if facts.cause.may_be_the_requests_own() && facts.serves_others && history.last == Some(facts.cause) {
+    let witnessed = facts.serves_others && history.last_serves_others;
+    if facts.cause.may_be_the_requests_own() && witnessed && history.last == Some(facts.cause) {
         return Next::RelayAsRequestFault;
     }
     let rejected = matches!(verdict, Verdict::Busy | Verdict::Misconfigured);
@@ -321,6 +332,9 @@ mod tests {
         let mut history = History::new(3);
         history.add(&broken);
         assert_eq!(next(&history, &failed, true, true), Next::Failover);
+        // Unless it has shown meanwhile that it serves others.
+        history.last_serves_others();
+        assert_eq!(next(&history, &failed, true, true), Next::RelayAsRequestFault);
     }
 
     #[test]
@@ -389,8 +403,8 @@ mod tests {
         history.add(&facts(Cause::Status(500)));
         assert_eq!(
             (history.sent, history.stale, history.attempts()),
-            (3, true, 4),
-            "once stale, stale for ever"
+            (2, true, 3),
+            "once stale, stale for ever; the first time costs nothing"
         );
     }
 

@@ -25,6 +25,9 @@ use crate::upstream::Want;
 /// Between two looks for a backend that takes connections, before a body is asked for.
 const STAND_BY_LOOK: Duration = Duration::from_millis(100);
 
+/// Longest wait of what an ejection threw off: after it a crowd is no longer one (`Pace`).
+const RESCUE_WAIT_MAX: Duration = Duration::from_secs(2);
+
 /// How long an exchange waits, and what for.
 #[derive(Default)]
 pub(super) struct Waits {
@@ -40,6 +43,9 @@ impl Exchange {
     /// The backend of the next attempt: one not tried yet, else one tried before, else whoever comes in time.
     pub(super) async fn choose(&mut self) -> Result<Choice, Refusal> {
         self.follow_reload();
+        if let Some(choice) = self.elsewhere().await {
+            return Ok(choice);
+        }
         let nobody = match self.not_its_turn() {
             Some(nobody) => nobody,
             None => match self.pick() {
@@ -55,13 +61,28 @@ impl Exchange {
         })
     }
 
-    /// What it has to wait for although somebody may be free.
+    /// What an ejection threw off goes elsewhere in its turn, with the rest of a crowd that might do to the
+    /// survivors what it did to the dead one. None where there is no crowd, or nobody else.
+    async fn elsewhere(&mut self) -> Option<Choice> {
+        if self.history.attempts() == 0 || !self.leg.pool.state.is_rescuing() {
+            return None;
+        }
+        let most = clock::now() + RESCUE_WAIT_MAX;
+        let end = self.leg.total.map_or(most, |total| total.min(most));
+        let waiting = self.join(end, true).ok()?;
+        // Its turn or its time: it was admitted long ago.
+        waiting.turn(end).await;
+        self.follow_reload();
+        let mut choice = self.pick().ok()?;
+        choice.let_in = waiting.let_in();
+        Some(choice)
+    }
+
+    /// What one who arrives has to wait for, where others wait already.
     fn not_its_turn(&self) -> Option<Nobody> {
         let state = &self.leg.pool.state;
-        if self.history.attempts() > 0 {
-            return state.is_rescuing().then_some(Nobody::Full);
-        }
-        let waits = state.waiters() > 0 && state.someone_waits(self.judged_model());
+        let waits =
+            state.waiters() > 0 && self.history.attempts() == 0 && state.someone_waits(self.judged_model());
         waits.then(|| self.leg.pool.nobody(&self.wanted()))
     }
 
@@ -86,7 +107,7 @@ impl Exchange {
                     waiting.wait_on(end, nobody == Nobody::Full);
                     place.insert(waiting)
                 }
-                None => match self.join(end) {
+                None => match self.join(end, false) {
                     Ok(waiting) => place.insert(waiting),
                     // It was admitted before: at worst it is one too many for a moment.
                     Err(Full) if self.history.attempts() > 0 => {
@@ -114,13 +135,13 @@ impl Exchange {
         }
     }
 
-    fn join(&self, deadline: Moment) -> Result<Waiting, Full> {
+    fn join(&self, deadline: Moment, rescued: bool) -> Result<Waiting, Full> {
         let model = self.judged_model();
         let again = self.history.attempts() > 0;
         let joining = Joining {
             priority: self.priority(),
             admitted: again.then_some(self.ledger.started),
-            rescued: again && self.leg.pool.state.is_rescuing(),
+            rescued,
             deadline,
             length_max: self.leg.pool.queue_length_max(model),
         };
@@ -188,6 +209,7 @@ impl Exchange {
             affinity: self.leg.affinity,
             only: self.turn.as_ref().and_then(Turn::place),
             prompt_bytes: self.asked.prompt_bytes,
+            proven_since: self.failed.map(|_| self.ledger.started),
             replayable: self.is_replayable(),
             paid: self.failed.is_some_and(|facts| facts.sent && !facts.is_stale_connection()),
         }
