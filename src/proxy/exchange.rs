@@ -500,7 +500,7 @@ impl Exchange {
             Some(Answer::Begun { head, ahead, body }) => {
                 let idle = self.leg.pool.config.clocks.body_idle;
                 let (head, serving, _) = self.serve(head, choice, watch, outcome.started, taught);
-                Response::from_parts(head, AnswerBody::plain(ahead, body, serving, idle))
+                Response::from_parts(*head, AnswerBody::plain(ahead, body, serving, idle))
             }
             Some(Answer::Tokens { head, ahead, stream, body }) => {
                 self.ledger.first_token();
@@ -510,7 +510,7 @@ impl Exchange {
                 let words = (self.asked.endpoint, self.asked.dialect);
                 let (head, serving, _) = self.serve(head, choice, watch, outcome.started, taught);
                 let relay = EventRelay::new(ahead, body, stream, serving, words, silence);
-                Response::from_parts(head, AnswerBody::events(relay))
+                Response::from_parts(*head, AnswerBody::events(relay))
             }
             Some(Answer::Switched { head, upgraded, body }) => {
                 let (head, serving, switch) = self.serve(head, choice, watch, outcome.started, taught);
@@ -521,12 +521,12 @@ impl Exchange {
 
     fn serve(
         mut self: Box<Self>,
-        mut head: response::Parts,
+        mut head: Box<response::Parts>,
         choice: Choice,
         watch: Watch,
         started: Moment,
         told: bool,
-    ) -> (response::Parts, Serving, Option<OnUpgrade>) {
+    ) -> (Box<response::Parts>, Serving, Option<OnUpgrade>) {
         self.ledger.answered(head.status);
         head.headers.insert(X_REQUEST_ID, self.ledger.id.clone());
         served_by(&mut head.headers, self.leg.named());
@@ -538,7 +538,7 @@ impl Exchange {
 
     fn whole(
         mut self: Box<Self>,
-        mut head: response::Parts,
+        mut head: Box<response::Parts>,
         pool: Option<HeaderValue>,
         body: impl FnOnce(Ledger) -> AnswerBody,
     ) -> Response<AnswerBody> {
@@ -547,7 +547,7 @@ impl Exchange {
         self.say_when_to_return(&mut head);
         head.headers.insert(X_REQUEST_ID, self.ledger.id.clone());
         served_by(&mut head.headers, pool);
-        Response::from_parts(head, body(self.ledger))
+        Response::from_parts(*head, body(self.ledger))
     }
 
     /// A backend's `Retry-After` is about itself; the client may come back as soon as any of the pool takes it.
