@@ -514,7 +514,7 @@ impl Exchange {
             }
             Some(Answer::Switched { head, upgraded, body }) => {
                 let (head, serving, switch) = self.serve(head, choice, watch, outcome.started, taught);
-                tunnel::start(head, switch, upgraded, body, serving)
+                tunnel::start(*head, switch, upgraded, body, serving)
             }
         }
     }

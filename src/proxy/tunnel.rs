@@ -12,7 +12,7 @@ use crate::upstream::InBody;
 
 /// Answers 101 and joins both connections as soon as hyper lets go of them.
 pub(super) fn start(
-    mut head: Box<response::Parts>,
+    mut head: response::Parts,
     switch: Option<OnUpgrade>,
     upgraded: OnUpgrade,
     body: InBody,
@@ -38,5 +38,5 @@ pub(super) fn start(
         // Who ended it, and whether that was a failure, the protocol inside knows.
         serving.complete();
     });
-    Response::from_parts(*head, AnswerBody::nothing())
+    Response::from_parts(head, AnswerBody::nothing())
 }
