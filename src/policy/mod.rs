@@ -16,6 +16,7 @@ pub mod load;
 pub mod outlier;
 pub mod poison;
 pub mod progress;
+pub mod resume;
 pub mod retry;
 pub mod route;
 

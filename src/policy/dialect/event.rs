@@ -52,7 +52,7 @@ impl Finish {
     }
 
     /// A `finish_reason` as written: a string, or SGLang's object with a `type`. `None`: not yet.
-    pub(super) fn of_value(value: Value<'_>) -> Option<Self> {
+    pub(in crate::policy) fn of_value(value: Value<'_>) -> Option<Self> {
         if value.is_blank() {
             return None;
         }

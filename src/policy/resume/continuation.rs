@@ -1,0 +1,316 @@
+//! Asking an engine to go on from a text: which requests and engines allow it, the edited body, and the
+//! guard at the seam.
+//!
+//! vLLM and SGLang continue a trailing assistant message with `continue_final_message`; llama.cpp does so
+//! unasked. A completion continues when its prompt is prolonged. The engine restarts everything else at its
+//! first new token, so whatever depends on tokens before it (grammars, half a tool call, an open thought,
+//! log probabilities) refuses the strategy here, and the limits are reduced.
+//!
+//! Not here: token ids; engines that answer an assistant message instead of continuing it.
+
+use std::ops::ControlFlow;
+
+use super::Refused;
+use super::chunk::Channel;
+use super::edit::Edits;
+use super::journal::Journal;
+use crate::policy::dialect::{Endpoint, Engine};
+use crate::policy::json::{Kind, Value, scan_top_level, write_string};
+
+/// An engine that says again what it was given to continue is known by this many bytes. Shorter answers
+/// repeat themselves by chance.
+const ECHO_BYTES_MIN: usize = 16;
+/// More need not be compared, and is not held back.
+const ECHO_BYTES_MAX: usize = 64;
+/// vLLM and SGLang stop a completion here when `max_tokens` is not given.
+const COMPLETION_TOKENS_DEFAULT: u64 = 16;
+/// Seeds stay within what every engine takes.
+const SEED_MAX: u64 = 0x7FFF_FFFF;
+
+/// The edited body, and what must be watched for at the seam.
+pub(super) fn continuation(
+    endpoint: Endpoint,
+    engine: Engine,
+    body: &[u8],
+    journal: &Journal,
+) -> Result<(Vec<u8>, Seam), Refused> {
+    let delivered = delivered(journal)?;
+    let asked = Asked::read(endpoint, body)?;
+    let mut edits = Edits::default();
+    let mut echoes = vec![delivered.as_bytes()];
+    let prompt;
+    match (endpoint, engine) {
+        (Endpoint::ChatCompletions, Engine::Vllm | Engine::Sglang | Engine::LlamaCpp) => {
+            // Templates of vLLM may trim what they are given, and the rest would not fit (vllm#9547). The
+            // other two append it as it is.
+            if engine == Engine::Vllm && delivered.ends_with(char::is_whitespace) {
+                return Err(Refused::TrailingSpace);
+            }
+            let messages = asked.messages.filter(|list| !list.is_blank()).ok_or(Refused::Body)?;
+            let last = messages.elements().last().and_then(|last| last.get("role")).ok_or(Refused::Body)?;
+            if last.as_str().as_deref() == Some("assistant") {
+                return Err(Refused::Prefilled);
+            }
+            let mut message = br#",{"role":"assistant","content":"#.to_vec();
+            write_string(&mut message, delivered);
+            message.push(b'}');
+            let end = messages.span().end - 1;
+            edits.replace(end..end, message);
+            if engine != Engine::LlamaCpp {
+                let flags = *br#""continue_final_message":true,"add_generation_prompt":false,"#;
+                edits.replace(asked.inside..asked.inside, flags);
+            }
+        }
+        (Endpoint::Completions, Engine::Vllm | Engine::Sglang | Engine::LlamaCpp) => {
+            let value = asked.prompt.filter(|prompt| prompt.kind() == Kind::String).ok_or(Refused::Prompt)?;
+            prompt = value.as_str().ok_or(Refused::Prompt)?;
+            echoes.push(prompt.as_bytes());
+            let mut more = Vec::new();
+            write_string(&mut more, delivered);
+            let end = value.span().end - 1;
+            edits.replace(end..end, &more[1..more.len() - 1]);
+        }
+        _ => return Err(Refused::Engine),
+    }
+    asked.reduce_limits(endpoint, engine, journal, &mut edits)?;
+    if let Some(seed) = asked.seed.and_then(|seed| seed.as_u64().map(|number| (seed, number))) {
+        edits.replace(seed.0.span(), next_seed(seed.1, delivered).to_string());
+    }
+    let seam = Seam::new(&echoes, asked.stops, delivered.as_bytes());
+    Ok((edits.apply(body), seam))
+}
+
+/// The text to be continued: there must be some, and nothing but it.
+fn delivered(journal: &Journal) -> Result<&str, Refused> {
+    for channel in journal.channels() {
+        match channel {
+            Channel::Content => {}
+            // Templates drop it, and a parser at the other end may take the answer for more of it.
+            Channel::Reasoning(_) => return Err(Refused::Reasoning),
+            Channel::ToolName(_) | Channel::ToolArguments(_) => return Err(Refused::ToolsBegun),
+            Channel::Refusal => return Err(Refused::Refusal),
+        }
+    }
+    let text = std::str::from_utf8(journal.text()).map_err(|_| Refused::Unreadable)?;
+    if text.is_empty() { Err(Refused::NothingDelivered) } else { Ok(text) }
+}
+
+/// The same seed would repeat the draws of the first tokens.
+fn next_seed(seed: u64, delivered: &str) -> u64 {
+    // FNV-1a over what makes this leg differ from the one before.
+    let mix = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01B3);
+    let start = seed.to_le_bytes().into_iter().fold(0xCBF2_9CE4_8422_2325, mix);
+    delivered.bytes().fold(start, mix) & SEED_MAX
+}
+
+/// What the request says that a continuation must know.
+#[derive(Default)]
+struct Asked<'a> {
+    /// Behind the opening brace.
+    inside: usize,
+    messages: Option<Value<'a>>,
+    prompt: Option<Value<'a>>,
+    max_tokens: Option<Value<'a>>,
+    max_completion_tokens: Option<Value<'a>>,
+    n_predict: Option<Value<'a>>,
+    min_tokens: Option<Value<'a>>,
+    seed: Option<Value<'a>>,
+    stops: Vec<Vec<u8>>,
+    stop_is_written: bool,
+    refused: Option<Refused>,
+}
+
+impl<'a> Asked<'a> {
+    fn read(endpoint: Endpoint, body: &'a [u8]) -> Result<Self, Refused> {
+        let open = memchr::memchr(b'{', body).ok_or(Refused::Body)?;
+        let mut asked = Self { inside: open + 1, ..Self::default() };
+        let mut twice = false;
+        scan_top_level(body, |name, value| {
+            twice |= asked.member(endpoint, name, value);
+            ControlFlow::Continue(())
+        })
+        .map_err(|_| Refused::Body)?;
+        // Which of them counts is the engine's choice.
+        if twice {
+            return Err(Refused::Body);
+        }
+        if asked.stop_is_written && !asked.stops.is_empty() {
+            return Err(Refused::Stop);
+        }
+        asked.refused.map_or(Ok(asked), Err)
+    }
+
+    /// Returns whether it was there before.
+    fn member(&mut self, endpoint: Endpoint, name: &[u8], value: Value<'a>) -> bool {
+        let is_true = value.as_bool() == Some(true);
+        let set = !value.is_blank() && value.as_bool() != Some(false);
+        let refused = match name {
+            b"messages" => return self.messages.replace(value).is_some(),
+            b"prompt" => return self.prompt.replace(value).is_some(),
+            b"max_tokens" => return self.max_tokens.replace(value).is_some(),
+            b"max_completion_tokens" => return self.max_completion_tokens.replace(value).is_some(),
+            b"n_predict" => return self.n_predict.replace(value).is_some(),
+            b"min_tokens" => return self.min_tokens.replace(value).is_some(),
+            b"seed" => return self.seed.replace(value).is_some(),
+            b"stop" => {
+                let again = !self.stops.is_empty();
+                let one = Some(value).filter(|value| value.kind() == Kind::String);
+                for stop in value.elements().chain(one).filter_map(|stop| stop.as_str()) {
+                    if !stop.is_empty() {
+                        self.stops.push(stop.as_bytes().to_vec());
+                    }
+                }
+                return again;
+            }
+            b"include_stop_str_in_output" => {
+                self.stop_is_written = is_true;
+                return false;
+            }
+            b"response_format" => {
+                let kind = value.get("type").and_then(|kind| kind.as_str());
+                (set && kind.as_deref() != Some("text")).then_some(Refused::Grammar)
+            }
+            b"structured_outputs"
+            | b"guided_json"
+            | b"guided_regex"
+            | b"guided_choice"
+            | b"guided_grammar"
+            | b"grammar"
+            | b"json_schema"
+            | b"regex"
+            | b"ebnf"
+            | b"structural_tag" => set.then_some(Refused::Grammar),
+            b"tool_choice" => {
+                let word = value.as_str();
+                let free = matches!(word.as_deref(), Some("auto" | "none"));
+                (set && !free).then_some(Refused::Grammar)
+            }
+            b"logprobs" | b"top_logprobs" | b"prompt_logprobs" | b"n_probs" => {
+                // 0 is "that of the token itself" in completions and "none" in chat.
+                let none = endpoint == Endpoint::ChatCompletions && value.as_u64() == Some(0);
+                (set && !none).then_some(Refused::Details)
+            }
+            b"return_token_ids" | b"echo" => is_true.then_some(Refused::Details),
+            b"continue_final_message" | b"add_generation_prompt" => set.then_some(Refused::Prefilled),
+            b"suffix" | b"prompt_embeds" | b"truncate_prompt_tokens" => set.then_some(Refused::Prompt),
+            b"mirostat" => (set && value.as_u64() != Some(0)).then_some(Refused::Sampler),
+            b"use_beam_search" => is_true.then_some(Refused::Sampler),
+            _ => None,
+        };
+        self.refused = self.refused.or(refused);
+        false
+    }
+
+    /// What was generated counts towards the limits, and must be known where there are any.
+    fn reduce_limits(
+        &self,
+        endpoint: Endpoint,
+        engine: Engine,
+        journal: &Journal,
+        edits: &mut Edits,
+    ) -> Result<(), Refused> {
+        // With stop strings text is held back, and the engine's count runs ahead of it.
+        let spent = journal.text_tokens.filter(|_| self.stops.is_empty());
+        for limit in [self.max_tokens, self.max_completion_tokens, self.n_predict].into_iter().flatten() {
+            // llama.cpp's -1.
+            if limit.is_null() || limit.raw().starts_with(b"-") {
+                continue;
+            }
+            let limit_tokens = limit.as_u64().ok_or(Refused::Body)?;
+            let left = limit_tokens.saturating_sub(spent.ok_or(Refused::TokensUnknown)?);
+            if left == 0 {
+                return Err(Refused::LimitReached);
+            }
+            edits.replace(limit.span(), left.to_string());
+        }
+        let unlimited = self.max_tokens.is_none_or(|limit| limit.is_null());
+        if endpoint == Endpoint::Completions && engine != Engine::LlamaCpp && unlimited {
+            let left = COMPLETION_TOKENS_DEFAULT.saturating_sub(spent.ok_or(Refused::TokensUnknown)?);
+            if left == 0 {
+                return Err(Refused::LimitReached);
+            }
+            match self.max_tokens {
+                Some(null) => edits.replace(null.span(), left.to_string()),
+                None => edits.replace(self.inside..self.inside, format!("\"max_tokens\":{left},")),
+            }
+        }
+        if let Some(least) = self.min_tokens.filter(|least| !least.is_null()) {
+            let tokens = least.as_u64().ok_or(Refused::Body)?;
+            if tokens > 0 {
+                let left = tokens.saturating_sub(spent.ok_or(Refused::TokensUnknown)?);
+                edits.replace(least.span(), left.to_string());
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What the first new text of a continuation is judged by.
+#[derive(Debug)]
+pub(super) struct Seam {
+    /// Beginnings of what the engine was given; new text that begins so is no new text.
+    echoes: Vec<Vec<u8>>,
+    stops: Vec<Vec<u8>>,
+    /// The end of what the client holds, as long as a stop string may reach back.
+    tail: Vec<u8>,
+    text: Vec<u8>,
+}
+
+/// What is to be done with the new text so far.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// It may still turn out to be an echo or a stop string: hold it.
+    Wait,
+    /// It is new.
+    Clear,
+    /// It completes a stop string that began in what the client holds: the answer has ended.
+    Stopped,
+    /// It is what the engine was given.
+    Echo,
+}
+
+impl Seam {
+    fn new(echoes: &[&[u8]], stops: Vec<Vec<u8>>, delivered: &[u8]) -> Self {
+        let reach = stops.iter().map(Vec::len).max().unwrap_or(0);
+        Self {
+            echoes: echoes
+                .iter()
+                .filter(|given| given.len() >= ECHO_BYTES_MIN)
+                .map(|given| given[..given.len().min(ECHO_BYTES_MAX)].to_vec())
+                .collect(),
+            stops,
+            tail: delivered[delivered.len().saturating_sub(reach)..].to_vec(),
+            text: Vec::new(),
+        }
+    }
+
+    /// Judges all new text so far, of which `text` is the latest; `last`: no more will come.
+    pub(super) fn judge(&mut self, text: &[u8], last: bool) -> Verdict {
+        self.text.extend_from_slice(text);
+        let new = &self.text[..];
+        let mut wait = false;
+        for stop in &self.stops {
+            for cut in 1..stop.len() {
+                if self.tail.ends_with(&stop[..cut]) {
+                    if new.starts_with(&stop[cut..]) {
+                        return Verdict::Stopped;
+                    }
+                    wait |= stop[cut..].starts_with(new);
+                }
+            }
+        }
+        for given in &self.echoes {
+            if new.starts_with(given) {
+                return Verdict::Echo;
+            }
+            wait |= given.starts_with(new);
+        }
+        if wait && !last { Verdict::Wait } else { Verdict::Clear }
+    }
+
+    /// Bytes on the heap.
+    pub(super) fn held(&self) -> usize {
+        let lists: usize = self.echoes.iter().chain(&self.stops).map(Vec::len).sum();
+        lists + self.tail.len() + self.text.capacity()
+    }
+}

@@ -1,0 +1,289 @@
+//! What the client of one stream holds: every text it was given, in order, and who it was told is speaking.
+//!
+//! Texts are one string, cut into runs by channel: thinking, then answer, then the arguments of a tool.
+//! How they were cut into events is forgotten, because another replica cuts them elsewhere. Frames are
+//! never kept: a slice would pin the buffer it was read from.
+//!
+//! Invariant: text is only ever added, and only what was or is about to be given to the client.
+
+use super::chunk::{Channel, Chunk};
+use crate::policy::json::{Value, string_end};
+
+/// Frames larger than this are read anew each time: with log probabilities no two are alike.
+const FRAME_BYTES_MAX: usize = 1024;
+
+/// The members that must stay what they were, as written in the first event that had them.
+#[derive(Debug, Default)]
+pub(super) struct Identity {
+    pub(super) id: Option<Box<[u8]>>,
+    pub(super) created: Option<Box<[u8]>>,
+    pub(super) model: Option<Box<[u8]>>,
+    pub(super) fingerprint: Option<Box<[u8]>>,
+}
+
+/// A tool call that the client knows.
+#[derive(Debug)]
+struct Call {
+    index: u32,
+    id: Box<[u8]>,
+    /// Its engine says the id in more than one event.
+    repeated: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Run {
+    channel: Channel,
+    /// Behind its last byte in the text of the journal.
+    end: usize,
+}
+
+/// See the head of this file.
+#[derive(Debug, Default)]
+pub(super) struct Journal {
+    text: Vec<u8>,
+    runs: Vec<Run>,
+    calls: Vec<Call>,
+    pub(super) identity: Identity,
+    /// Events with text.
+    pub(super) text_events: u32,
+    /// Tokens told in detail; see [`Chunk::details`].
+    pub(super) details: u64,
+    pub(super) role: bool,
+    /// The choice has ended well.
+    pub(super) finished: bool,
+    /// `[DONE]` was said.
+    pub(super) done: bool,
+    /// Something was said that is not understood, and so cannot be compared or continued.
+    pub(super) unreadable: bool,
+    /// It grew beyond its bound and was given up.
+    pub(super) overflow: bool,
+    /// Of the prompt, as the first leg counted them.
+    pub(super) prompt_tokens: Option<u64>,
+    /// Of the text, where the last event with text said so.
+    pub(super) text_tokens: Option<u64>,
+    frame: Frame,
+}
+
+/// The last event with one text and nothing else of interest: the next is likely to differ only in that.
+#[derive(Debug, Default)]
+struct Frame {
+    data: Vec<u8>,
+    /// Between the quotes.
+    start: usize,
+    end: usize,
+    channel: Option<Channel>,
+    details: u64,
+}
+
+impl Journal {
+    /// Takes note of an event that the client was given as it is.
+    pub(super) fn observe(&mut self, data: &[u8], bytes_max: usize) {
+        if self.overflow || self.unreadable || self.observe_like_last(data, bytes_max) {
+            return;
+        }
+        // TRT-LLM writes a space before the line end.
+        if data.trim_ascii() == b"[DONE]" {
+            self.done = true;
+            return;
+        }
+        let Ok(chunk) = Chunk::read(data) else {
+            self.unreadable = true;
+            return;
+        };
+        if chunk.unknown || chunk.error || chunk.index != 0 || chunk.choices.is_none_or(|count| count > 1) {
+            self.unreadable = true;
+            return;
+        }
+        self.introduce(&chunk);
+        for said in &chunk.said {
+            match said.value.as_str() {
+                Some(text) => self.append(said.channel, text.as_bytes(), bytes_max),
+                None => self.unreadable = true,
+            }
+        }
+        for call in &chunk.calls {
+            if let Some(id) = call.id {
+                let begun = chunk.said.iter().any(|said| said.channel == Channel::ToolName(call.index));
+                self.meet_call(call.index, id.raw(), begun);
+            }
+        }
+        self.count(&chunk, Some(0));
+        self.remember(data, &chunk);
+    }
+
+    fn observe_like_last(&mut self, data: &[u8], bytes_max: usize) -> bool {
+        let Some(channel) = self.frame.channel else { return false };
+        // The quotes belong to the frame around the hole.
+        let (before, after) = (&self.frame.data[..self.frame.start], &self.frame.data[self.frame.end..]);
+        if data.len() <= before.len() + after.len() || !data.starts_with(before) || !data.ends_with(after) {
+            return false;
+        }
+        let end = data.len() - after.len();
+        let inside = &data[self.frame.start..end];
+        if memchr::memchr(b'\\', inside).is_some() || string_end(data, self.frame.start - 1) != Ok(end + 1) {
+            return false;
+        }
+        self.details += self.frame.details;
+        self.text_events = self.text_events.saturating_add(1);
+        self.append(channel, inside, bytes_max);
+        true
+    }
+
+    fn remember(&mut self, data: &[u8], chunk: &Chunk<'_>) {
+        let [said] = &chunk.said[..] else { return };
+        let plain = said.mirror.is_none()
+            && chunk.finish.is_none()
+            && chunk.usage.is_none()
+            && chunk.calls.iter().all(|call| call.id.is_none());
+        if !plain || data.len() > FRAME_BYTES_MAX || self.overflow {
+            return;
+        }
+        let span = said.value.span();
+        self.frame.data.clear();
+        self.frame.data.extend_from_slice(data);
+        self.frame.start = span.start + 1;
+        self.frame.end = span.end - 1;
+        self.frame.channel = Some(said.channel);
+        self.frame.details = chunk.details;
+    }
+
+    /// Notes who speaks, once, and the role.
+    pub(super) fn introduce(&mut self, chunk: &Chunk<'_>) {
+        fn keep(kept: &mut Option<Box<[u8]>>, value: Option<Value<'_>>) {
+            if kept.is_none() {
+                *kept = value.map(|value| value.raw().into());
+            }
+        }
+        keep(&mut self.identity.id, chunk.id);
+        keep(&mut self.identity.created, chunk.created);
+        keep(&mut self.identity.model, chunk.model);
+        keep(&mut self.identity.fingerprint, chunk.fingerprint);
+        self.role |= chunk.role.is_some();
+    }
+
+    /// Notes what an event counts and ends. `base`: tokens of the text that its usage does not count, if
+    /// that is known.
+    pub(super) fn count(&mut self, chunk: &Chunk<'_>, base: Option<u64>) {
+        self.details += chunk.details;
+        self.finished |= chunk.finish.is_some_and(|finish| finish.is_good());
+        let number = |name| chunk.usage.and_then(|usage| usage.get(name)).and_then(|count| count.as_u64());
+        if base == Some(0) && self.prompt_tokens.is_none() {
+            self.prompt_tokens = number("prompt_tokens");
+        }
+        // Not of events without text: tokens whose text is held back will be generated again.
+        if !chunk.said.is_empty() {
+            self.text_events = self.text_events.saturating_add(1);
+            self.text_tokens =
+                number("completion_tokens").zip(base).map(|(new, base)| new.saturating_add(base));
+        }
+    }
+
+    /// Adds a text.
+    pub(super) fn append(&mut self, channel: Channel, text: &[u8], bytes_max: usize) {
+        if self.overflow || text.is_empty() {
+            return;
+        }
+        let runs = (self.runs.len() + 1) * size_of::<Run>();
+        if self.text.len() + text.len() + runs > bytes_max {
+            // Who speaks is still needed, should a leg be speaking.
+            self.overflow = true;
+            self.text = Vec::new();
+            self.runs = Vec::new();
+            self.frame = Frame::default();
+            return;
+        }
+        self.text.extend_from_slice(text);
+        let end = self.text.len();
+        match self.runs.last_mut() {
+            Some(run) if run.channel == channel => run.end = end,
+            _ => self.runs.push(Run { channel, end }),
+        }
+    }
+
+    /// Notes the id of a tool call; `begun`: its name is said here, so that it is a new one.
+    pub(super) fn meet_call(&mut self, index: u32, id: &[u8], begun: bool) {
+        let known = self.calls.iter_mut().rev().find(|call| call.index == index);
+        match known {
+            Some(call) if !begun => call.repeated = true,
+            _ => self.calls.push(Call { index, id: id.into(), repeated: false }),
+        }
+    }
+
+    /// What to write for the id of a call that the client knows: the id it was given, or nothing if its
+    /// first leg did not repeat ids (client libraries join the pieces of an id). `None`: it has none yet.
+    pub(super) fn id_again(&self, index: u32) -> Option<&[u8]> {
+        let call = self.calls.iter().rev().find(|call| call.index == index)?;
+        Some(if call.repeated { &call.id } else { b"null" })
+    }
+
+    /// Whether a tool call of this index has an id.
+    pub(super) fn knows(&self, index: u32) -> bool {
+        self.calls.iter().any(|call| call.index == index)
+    }
+
+    /// All texts, one behind the other.
+    pub(super) fn text(&self) -> &[u8] {
+        &self.text
+    }
+
+    /// The channels with text, in order, equal neighbours joined.
+    pub(super) fn channels(&self) -> impl DoubleEndedIterator<Item = Channel> {
+        self.runs.iter().map(|run| run.channel)
+    }
+
+    /// Bytes on the heap.
+    pub(super) fn held(&self) -> usize {
+        let identity = [&self.identity.id, &self.identity.created, &self.identity.model];
+        let calls: usize = self.calls.iter().map(|call| size_of::<Call>() + call.id.len()).sum();
+        self.text.capacity()
+            + self.runs.capacity() * size_of::<Run>()
+            + self.frame.data.capacity()
+            + identity.into_iter().flatten().map(|raw| raw.len()).sum::<usize>()
+            + calls
+    }
+}
+
+/// How far a leg has said again what a journal holds.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Cursor {
+    run: usize,
+    at: usize,
+    /// Tokens told in detail so far.
+    pub(super) details: u64,
+}
+
+/// The leg says something else than the client was told.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Differs;
+
+impl Cursor {
+    /// Whether all was said again.
+    pub(super) fn is_through(&self, journal: &Journal) -> bool {
+        self.at == journal.text.len()
+    }
+
+    /// Passes what `text` repeats; returns how many of its bytes those are. The rest is new.
+    pub(super) fn pass(
+        &mut self,
+        journal: &Journal,
+        channel: Channel,
+        text: &[u8],
+    ) -> Result<usize, Differs> {
+        let mut passed = 0;
+        while passed < text.len()
+            && let Some(run) = journal.runs.get(self.run)
+        {
+            let len = (run.end - self.at).min(text.len() - passed);
+            let again = &text[passed..passed + len];
+            if run.channel != channel || journal.text[self.at..self.at + len] != *again {
+                return Err(Differs);
+            }
+            passed += len;
+            self.at += len;
+            if self.at == run.end {
+                self.run += 1;
+            }
+        }
+        Ok(passed)
+    }
+}

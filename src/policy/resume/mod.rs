@@ -1,0 +1,792 @@
+//! Mid-stream resume: one client stream told by several replicas, each going on where the last one broke.
+//!
+//! ```text
+//! request ─▶ Splice::arm          may this be resumed at all?
+//! leg 1   ─▶ observe(event)…      what the client holds is noted
+//! break   ─▶ plan(engine) ─▶ begin_leg ─▶ feed(event)…   the next leg; again at the next break
+//! ```
+//!
+//! Two strategies. **Text** asks an engine that is known to do so to continue the answer, and pays one prefill.
+//! **Replay** sends the original request again, compares all that the client holds with what the new leg says,
+//! swallows it while it is equal and goes on at the first new character; any engine will do, and it is exact
+//! by construction.
+//!
+//! Invariant: what the client gets is one answer. Text is only added; a leg that says something else than the
+//! client was told is abandoned before any of it is written. One role, one finish, one `[DONE]`, one `id`,
+//! `created`, `model`. No text follows a finish, and no event is written that its leg did not say whole.
+//!
+//! Not here: which backend, when to give up on a leg that says nothing, and the error event of a stream that
+//! cannot go on. Events are bounded and judged by the caller's reader too; an engine's error abandons a leg.
+//! docs/adr/0017-resume.md lists each guard with the test that fails without it.
+
+mod chunk;
+mod continuation;
+mod edit;
+mod journal;
+#[cfg(test)]
+mod model;
+#[cfg(test)]
+mod tests;
+
+use std::borrow::Cow;
+use std::fmt;
+use std::ops::ControlFlow;
+
+use smallvec::SmallVec;
+
+use self::chunk::{Channel, Chunk};
+use self::continuation::{Seam, Verdict, continuation};
+use self::edit::Edits;
+use self::journal::{Cursor, Journal};
+use super::dialect::{Endpoint, Engine, request_facts};
+use super::json::{Value, write_string};
+use crate::sse::{Decoder, Event, write_event};
+
+/// A leg's event larger than this is not waited for. The caller's own bound is lower, and configured; this
+/// one only keeps a caller without one from growing without end.
+const EVENT_BYTES_MAX: usize = 64 << 20;
+
+/// How far to go to finish a broken stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ResumeMode {
+    /// Continue where an engine can, replay elsewhere.
+    Best,
+    /// Replay only.
+    Replay,
+    /// Never.
+    Off,
+}
+
+impl ResumeMode {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Best, Self::Replay, Self::Off];
+
+    /// Its name in a configuration.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Best => "best",
+            Self::Replay => "replay",
+            Self::Off => "off",
+        }
+    }
+}
+
+/// The bounds of resuming.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ResumePolicy {
+    /// Default `best`.
+    pub mode: ResumeMode,
+    /// Resumes of one stream that gave the client something. Default 2: a request that broke three
+    /// replicas is more likely the cause than the victim.
+    pub resumes_max: u8,
+    /// A longer answer, in events with text, is not generated again. Default 4096: about a minute of
+    /// silence at 70 tokens a second.
+    pub replay_tokens_max: u32,
+    /// What is noted of one stream, in bytes; beyond it the stream goes on and cannot be resumed. Default
+    /// 256 KiB, some 60,000 tokens.
+    pub journal_bytes_max: usize,
+}
+
+impl Default for ResumePolicy {
+    fn default() -> Self {
+        Self { mode: ResumeMode::Best, resumes_max: 2, replay_tokens_max: 4096, journal_bytes_max: 256 << 10 }
+    }
+}
+
+/// A [`ResumePolicy`] that cannot work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BadResumePolicy {
+    /// `resumes_max` is 0: say `mode = "off"`.
+    NoResumes,
+    /// `journal_bytes_max` is below 1 KiB: no answer would fit.
+    TinyJournal,
+}
+
+/// Less than a paragraph.
+const JOURNAL_BYTES_MIN: usize = 1 << 10;
+
+impl fmt::Display for BadResumePolicy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoResumes => write!(f, "resumes_max must be at least 1; mode = \"off\" turns resuming off"),
+            Self::TinyJournal => write!(f, "journal_bytes_max must be at least {JOURNAL_BYTES_MIN} bytes"),
+        }
+    }
+}
+
+impl std::error::Error for BadResumePolicy {}
+
+impl ResumePolicy {
+    /// Whether it can work.
+    pub fn validate(&self) -> Result<(), BadResumePolicy> {
+        if self.resumes_max == 0 {
+            return Err(BadResumePolicy::NoResumes);
+        }
+        if self.journal_bytes_max < JOURNAL_BYTES_MIN {
+            return Err(BadResumePolicy::TinyJournal);
+        }
+        Ok(())
+    }
+}
+
+/// A way to go on with a broken stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Strategy {
+    /// The engine continues the text it is given.
+    Text,
+    /// The whole answer is generated again and compared.
+    Replay,
+}
+
+impl Strategy {
+    /// For a metric's label.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Text => "text",
+            Self::Replay => "replay",
+        }
+    }
+}
+
+/// Why a request is not armed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NotArmed {
+    /// `mode = "off"`.
+    Off,
+    /// Only chat completions and completions are.
+    Endpoint,
+    /// No JSON object, as far as was looked.
+    Body,
+    /// An answer in one piece was asked for.
+    NotAStream,
+    /// More than one choice was.
+    Choices,
+    /// Sending it twice might be noticed.
+    Stateful,
+}
+
+impl NotArmed {
+    /// For a metric's label.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Endpoint => "endpoint",
+            Self::Body => "body",
+            Self::NotAStream => "not_a_stream",
+            Self::Choices => "choices",
+            Self::Stateful => "stateful",
+        }
+    }
+}
+
+/// Why a break is not resumed. Those behind [`ReplayTooLong`](Self::ReplayTooLong) refuse continuation only, and
+/// are told when replay is not to be had either.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refused {
+    /// The answer has ended already: nothing is missing but its terminator.
+    Complete,
+    /// The answer outgrew the journal.
+    Overflow,
+    /// The client was told something that is not understood here.
+    Unreadable,
+    /// As many legs as are allowed have spoken.
+    ResumesExhausted,
+    /// Every strategy was tried, or does not apply.
+    StrategiesExhausted,
+    /// The answer is too long to be generated again.
+    ReplayTooLong,
+    /// No text yet.
+    NothingDelivered,
+    /// A tool call has begun.
+    ToolsBegun,
+    /// The model was thinking, or had been.
+    Reasoning,
+    /// It is refusing.
+    Refusal,
+    /// The engine's automaton would start again.
+    Grammar,
+    /// Log probabilities or token ids were asked for.
+    Details,
+    /// The client itself had the engine continue a message.
+    Prefilled,
+    /// The prompt is not one string, or must fit with something.
+    Prompt,
+    /// Stop strings are part of the output.
+    Stop,
+    /// The sampler remembers.
+    Sampler,
+    /// The text ends in white space, which the engine's template may drop.
+    TrailingSpace,
+    /// There is a limit, and the tokens spent are not known.
+    TokensUnknown,
+    /// The limit is reached, and only the finish is missing.
+    LimitReached,
+    /// The body cannot be edited.
+    Body,
+    /// The engine does not continue.
+    Engine,
+}
+
+impl Refused {
+    /// For a metric's label.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Complete => "complete",
+            Self::Overflow => "overflow",
+            Self::Unreadable => "unreadable",
+            Self::ResumesExhausted => "resumes_exhausted",
+            Self::StrategiesExhausted => "strategies_exhausted",
+            Self::ReplayTooLong => "replay_too_long",
+            Self::NothingDelivered => "nothing_delivered",
+            Self::ToolsBegun => "tools_begun",
+            Self::Reasoning => "reasoning",
+            Self::Refusal => "refusal",
+            Self::Grammar => "grammar",
+            Self::Details => "details",
+            Self::Prefilled => "prefilled",
+            Self::Prompt => "prompt",
+            Self::Stop => "stop",
+            Self::Sampler => "sampler",
+            Self::TrailingSpace => "trailing_space",
+            Self::TokensUnknown => "tokens_unknown",
+            Self::LimitReached => "limit_reached",
+            Self::Body => "body",
+            Self::Engine => "engine",
+        }
+    }
+}
+
+/// Why a leg is given up. What it had written before stays, and belongs to the answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Abandon {
+    /// It says something else than the client was told.
+    Diverged,
+    /// The seam lies inside tokens whose log probabilities or ids cannot be parted.
+    Unsplittable,
+    /// It repeats what it was given to continue.
+    Echo,
+    /// Another model answers.
+    WrongModel,
+    /// The continuation of an answer came as thinking.
+    Misfiled,
+    /// It speaks of another choice.
+    Choices,
+    /// An event that is no JSON, is too large, or is not understood.
+    Unreadable,
+    /// An error, or a finish that says the engine gave up.
+    Failed,
+    /// `[DONE]` before a finish.
+    EndedEarly,
+    /// There is no leg: none was begun, or it was given up before.
+    NoLeg,
+}
+
+impl Abandon {
+    /// For a metric's label.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Diverged => "diverged",
+            Self::Unsplittable => "unsplittable",
+            Self::Echo => "echo",
+            Self::WrongModel => "wrong_model",
+            Self::Misfiled => "misfiled",
+            Self::Choices => "choices",
+            Self::Unreadable => "unreadable",
+            Self::Failed => "failed",
+            Self::EndedEarly => "ended_early",
+            Self::NoLeg => "no_leg",
+        }
+    }
+}
+
+/// How to go on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// Which way.
+    pub strategy: Strategy,
+    /// The path to ask, where it is another than the client's.
+    pub path: Option<&'static str>,
+    /// The body to send; `None`: the original.
+    pub body: Option<Vec<u8>>,
+}
+
+/// What a call of [`Splice::feed`] came to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Fed {
+    /// The leg has given the client something new, now or before: a character, or the finish.
+    pub spoke: bool,
+    /// The finish was written. Usage and `[DONE]` may follow; see [`Splice::complete`].
+    pub finished: bool,
+}
+
+/// One client stream over all its legs.
+#[derive(Debug)]
+pub struct Splice {
+    endpoint: Endpoint,
+    policy: ResumePolicy,
+    journal: Journal,
+    withdrawn: SmallVec<[Strategy; 2]>,
+    /// Legs after the first that spoke.
+    resumes: u8,
+    /// For the leg that was planned last, if it continues.
+    seam: Option<Seam>,
+    leg: Option<Leg>,
+}
+
+/// A leg after the first.
+#[derive(Debug)]
+struct Leg {
+    decoder: Decoder,
+    told: Told,
+}
+
+#[derive(Debug)]
+struct Told {
+    spoke: bool,
+    way: Way,
+}
+
+#[derive(Debug)]
+enum Way {
+    Replay(Cursor),
+    Continue {
+        /// `None` once the seam was passed.
+        seam: Option<Seam>,
+        /// Data of the events that the seam holds back.
+        waiting: Vec<Vec<u8>>,
+        /// Tokens of the text that this leg did not generate.
+        base: Option<u64>,
+    },
+}
+
+impl Splice {
+    /// From the request as the client sent it.
+    pub fn arm(endpoint: Endpoint, body: &[u8], policy: &ResumePolicy) -> Result<Self, NotArmed> {
+        if policy.mode == ResumeMode::Off {
+            return Err(NotArmed::Off);
+        }
+        if !matches!(endpoint, Endpoint::ChatCompletions | Endpoint::Completions) {
+            return Err(NotArmed::Endpoint);
+        }
+        let facts = request_facts(endpoint, body).map_err(|_| NotArmed::Body)?;
+        if !facts.stream {
+            return Err(NotArmed::NotAStream);
+        }
+        if facts.choices != 1 {
+            return Err(NotArmed::Choices);
+        }
+        if facts.stateful.is_some() {
+            return Err(NotArmed::Stateful);
+        }
+        Ok(Self {
+            endpoint,
+            policy: *policy,
+            journal: Journal::default(),
+            withdrawn: SmallVec::new(),
+            resumes: 0,
+            seam: None,
+            leg: None,
+        })
+    }
+
+    /// Leg 1: the data of each event that was forwarded unchanged (`[DONE]` included). The event must be
+    /// valid JSON, as the caller found it.
+    pub fn observe(&mut self, data: &[u8]) {
+        self.journal.observe(data, self.policy.journal_bytes_max);
+    }
+
+    /// Bytes it holds, for the process-wide memory bound.
+    pub fn held(&self) -> usize {
+        let leg = self.leg.as_ref().map_or(0, |leg| leg.decoder.pending().len() + leg.told.held());
+        size_of::<Self>() + self.journal.held() + self.seam.as_ref().map_or(0, Seam::held) + leg
+    }
+
+    /// After a break: how to go on at a backend of this engine (`None`: not known; replay only). Strategies
+    /// that were withdrawn are skipped. The leg that broke is over.
+    pub fn plan(&mut self, engine: Option<Engine>, body: &[u8]) -> Result<Plan, Refused> {
+        self.leg = None;
+        self.seam = None;
+        let journal = &self.journal;
+        if journal.finished {
+            return Err(Refused::Complete);
+        }
+        if journal.overflow {
+            return Err(Refused::Overflow);
+        }
+        if journal.unreadable {
+            return Err(Refused::Unreadable);
+        }
+        if self.resumes >= self.policy.resumes_max {
+            return Err(Refused::ResumesExhausted);
+        }
+        let mut reason = Refused::StrategiesExhausted;
+        if self.policy.mode == ResumeMode::Best && self.may(Strategy::Text) {
+            match engine
+                .ok_or(Refused::Engine)
+                .and_then(|engine| continuation(self.endpoint, engine, body, journal))
+            {
+                Ok((body, seam)) => {
+                    self.seam = Some(seam);
+                    return Ok(Plan { strategy: Strategy::Text, path: None, body: Some(body) });
+                }
+                Err(refused) => reason = refused,
+            }
+        }
+        if !self.may(Strategy::Replay) {
+            return Err(reason);
+        }
+        if journal.text_events > self.policy.replay_tokens_max {
+            return Err(Refused::ReplayTooLong);
+        }
+        Ok(Plan { strategy: Strategy::Replay, path: None, body: None })
+    }
+
+    /// The leg of this plan begins (its first byte is about to be fed).
+    pub fn begin_leg(&mut self, plan: &Plan) {
+        let way = match plan.strategy {
+            Strategy::Replay => Way::Replay(Cursor::default()),
+            Strategy::Text => {
+                Way::Continue { seam: self.seam.take(), waiting: Vec::new(), base: self.journal.text_tokens }
+            }
+        };
+        self.leg = Some(Leg { decoder: Decoder::new(EVENT_BYTES_MAX), told: Told { spoke: false, way } });
+    }
+
+    /// Leg ≥ 2: raw bytes of whole events of the new leg; what the client gets of them is appended to `out`.
+    ///
+    /// An error means: abandon this leg. What `out` got before it, in this call too, was verified, counts as
+    /// delivered and must be forwarded; nothing else of the leg will be. Comments are dropped.
+    pub fn feed(&mut self, raw: &[u8], out: &mut Vec<u8>) -> Result<Fed, Abandon> {
+        let Some(Leg { mut decoder, mut told }) = self.leg.take() else { return Err(Abandon::NoLeg) };
+        let spoke_before = told.spoke;
+        let mut result = Ok(());
+        let read = decoder.feed(raw, |event| {
+            result = self.take(&mut told, &event, out);
+            if result.is_err() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        });
+        if told.spoke && !spoke_before {
+            self.resumes = self.resumes.saturating_add(1);
+        }
+        result?;
+        read.map_err(|_| Abandon::Unreadable)?;
+        let fed = Fed { spoke: told.spoke, finished: self.journal.finished };
+        self.leg = Some(Leg { decoder, told });
+        Ok(fed)
+    }
+
+    /// Writes the terminator, if the answer has ended and lacks it: for a leg that breaks behind its finish,
+    /// or was cancelled there.
+    pub fn complete(&mut self, out: &mut Vec<u8>) {
+        if self.journal.finished && !self.journal.done {
+            self.write_done(out);
+        }
+    }
+
+    /// Whether the terminator was written.
+    pub fn is_done(&self) -> bool {
+        self.journal.done
+    }
+
+    /// The engine answered the plan with a 4xx, or the leg was abandoned: that strategy is withdrawn for this
+    /// stream.
+    pub fn withdraw(&mut self, strategy: Strategy) {
+        if self.may(strategy) {
+            self.withdrawn.push(strategy);
+        }
+    }
+
+    fn may(&self, strategy: Strategy) -> bool {
+        !self.withdrawn.contains(&strategy)
+    }
+
+    /// One event of a leg.
+    fn take(&mut self, told: &mut Told, event: &Event<'_>, out: &mut Vec<u8>) -> Result<(), Abandon> {
+        if self.journal.done {
+            return Ok(());
+        }
+        if event.error_field.is_some() {
+            return Err(Abandon::Failed);
+        }
+        if !event.has_data {
+            return Ok(());
+        }
+        if event.data.trim_ascii() == b"[DONE]" {
+            if !self.journal.finished {
+                return Err(Abandon::EndedEarly);
+            }
+            self.write_done(out);
+            return Ok(());
+        }
+        let chunk = Chunk::read(event.data).map_err(|_| Abandon::Unreadable)?;
+        if chunk.error || event.name == Some(b"error") || chunk.finish.is_some_and(|finish| !finish.is_good())
+        {
+            return Err(Abandon::Failed);
+        }
+        let Some(choices) = chunk.choices else { return Err(Abandon::Unreadable) };
+        if choices > 1 || chunk.index != 0 {
+            return Err(Abandon::Choices);
+        }
+        if self.journal.finished {
+            let usage = chunk.usage.is_some() && chunk.said.is_empty() && chunk.finish.is_none();
+            if usage {
+                self.write(&told.way, event.data, &chunk, Edits::default(), out);
+            }
+            return Ok(());
+        }
+        match &told.way {
+            Way::Replay(_) => self.take_again(told, event.data, &chunk, out),
+            Way::Continue { .. } => self.take_more(told, event.data, &chunk, out),
+        }
+    }
+
+    /// An event of a replay.
+    fn take_again(
+        &mut self,
+        told: &mut Told,
+        data: &[u8],
+        chunk: &Chunk<'_>,
+        out: &mut Vec<u8>,
+    ) -> Result<(), Abandon> {
+        let Way::Replay(cursor) = &mut told.way else { return Err(Abandon::NoLeg) };
+        let texts = texts(chunk)?;
+        let mut edits = Edits::default();
+        let mut news: SmallVec<[usize; 2]> = SmallVec::from_elem(0, texts.len());
+        if told.spoke {
+            self.journal.unreadable |= chunk.unknown;
+        } else {
+            if chunk.unknown {
+                return Err(Abandon::Unreadable);
+            }
+            for ((said, text), from) in chunk.said.iter().zip(&texts).zip(&mut news) {
+                *from = cursor
+                    .pass(&self.journal, said.channel, text.as_bytes())
+                    .map_err(|_| Abandon::Diverged)?;
+                if *from > 0 {
+                    let rest = quoted(text.get(*from..).unwrap_or_default());
+                    for value in [Some(said.value), said.mirror].into_iter().flatten() {
+                        edits.replace(value.span(), rest.clone());
+                    }
+                }
+            }
+            let through = cursor.is_through(&self.journal);
+            if chunk.finish.is_some() && !through {
+                return Err(Abandon::Diverged);
+            }
+            let details = cursor.details;
+            cursor.details += chunk.details;
+            let swallowed = news.iter().any(|&from| from > 0);
+            let silent = texts.iter().zip(&news).all(|(text, &from)| from == text.len());
+            if silent && chunk.finish.is_none() {
+                let in_detail = chunk.details > 0 && details >= self.journal.details;
+                let call =
+                    chunk.calls.iter().any(|call| call.id.is_some() && !self.journal.knows(call.index));
+                let role = chunk.role.is_some() && !self.journal.role;
+                if swallowed || !through || !(in_detail || call || role) {
+                    let ahead = cursor.details > self.journal.details;
+                    return if ahead { Err(Abandon::Unsplittable) } else { Ok(()) };
+                }
+            }
+            if chunk.details > 0 && (swallowed || details != self.journal.details) {
+                return Err(Abandon::Unsplittable);
+            }
+        }
+        self.say(told, data, chunk, &texts, &news, edits, out);
+        Ok(())
+    }
+
+    /// An event of a continuation.
+    fn take_more(
+        &mut self,
+        told: &mut Told,
+        data: &[u8],
+        chunk: &Chunk<'_>,
+        out: &mut Vec<u8>,
+    ) -> Result<(), Abandon> {
+        let Way::Continue { seam, waiting, .. } = &mut told.way else { return Err(Abandon::NoLeg) };
+        if let (Some(model), Some(known)) = (chunk.model, &self.journal.identity.model)
+            && model.raw() != &**known
+        {
+            return Err(Abandon::WrongModel);
+        }
+        if chunk.said.iter().any(|said| matches!(said.channel, Channel::Reasoning(_))) {
+            return Err(Abandon::Misfiled);
+        }
+        if chunk.unknown && !told.spoke {
+            return Err(Abandon::Unreadable);
+        }
+        let new = texts(chunk)?;
+        if let Some(guard) = seam {
+            let of_content = chunk.said.iter().zip(&new).filter(|(said, _)| said.channel == Channel::Content);
+            let content: String = of_content.map(|(_, text)| &**text).collect();
+            let last =
+                chunk.finish.is_some() || chunk.said.iter().any(|said| said.channel != Channel::Content);
+            if content.is_empty() && !last {
+                return Ok(());
+            }
+            match guard.judge(content.as_bytes(), last) {
+                Verdict::Echo => return Err(Abandon::Echo),
+                Verdict::Wait => {
+                    waiting.push(data.to_vec());
+                    return Ok(());
+                }
+                Verdict::Stopped => {
+                    told.spoke = true;
+                    self.write_stop(out);
+                    return Ok(());
+                }
+                Verdict::Clear => {
+                    *seam = None;
+                    for data in std::mem::take(waiting) {
+                        let chunk = Chunk::read(&data).map_err(|_| Abandon::Unreadable)?;
+                        let texts = texts(&chunk)?;
+                        let news = SmallVec::<[usize; 2]>::from_elem(0, texts.len());
+                        self.say(told, &data, &chunk, &texts, &news, Edits::default(), out);
+                    }
+                }
+            }
+        }
+        self.journal.unreadable |= chunk.unknown;
+        let news = SmallVec::<[usize; 2]>::from_elem(0, new.len());
+        self.say(told, data, chunk, &new, &news, Edits::default(), out);
+        Ok(())
+    }
+
+    /// Writes an event of which each text is new from some byte on, and notes it.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "one event in its parts, which are borrowed from each other"
+    )]
+    fn say(
+        &mut self,
+        told: &mut Told,
+        data: &[u8],
+        chunk: &Chunk<'_>,
+        texts: &[Cow<'_, str>],
+        news: &[usize],
+        mut edits: Edits,
+        out: &mut Vec<u8>,
+    ) {
+        let role = chunk.role.is_some() && !self.journal.role;
+        let speaks = !chunk.said.is_empty()
+            || chunk.finish.is_some()
+            || chunk.details > 0
+            || chunk.unknown
+            || !chunk.calls.is_empty();
+        if !speaks && !role && chunk.usage.is_none() {
+            return;
+        }
+        for (place, call) in chunk.calls.iter().enumerate() {
+            let Some(id) = call.id else { continue };
+            let begun = chunk.said.iter().zip(news).any(|(said, &from)| {
+                said.call == place && from == 0 && matches!(said.channel, Channel::ToolName(_))
+            });
+            match self.journal.id_again(call.index) {
+                Some(again) if !begun => edits.replace(id.span(), again),
+                _ => self.journal.meet_call(call.index, id.raw(), begun),
+            }
+        }
+        for ((said, text), &from) in chunk.said.iter().zip(texts).zip(news) {
+            let new = text.as_bytes().get(from..).unwrap_or_default();
+            self.journal.append(said.channel, new, self.policy.journal_bytes_max);
+        }
+        let base = match &told.way {
+            Way::Replay(_) => Some(0),
+            Way::Continue { base, .. } => *base,
+        };
+        self.write(&told.way, data, chunk, edits, out);
+        self.journal.count(chunk, base);
+        told.spoke |= speaks;
+    }
+
+    /// Writes an event under the name that the client knows.
+    fn write(&mut self, way: &Way, data: &[u8], chunk: &Chunk<'_>, mut edits: Edits, out: &mut Vec<u8>) {
+        let known = &self.journal.identity;
+        for (value, known) in [
+            (chunk.id, &known.id),
+            (chunk.created, &known.created),
+            (chunk.model, &known.model),
+            (chunk.fingerprint, &known.fingerprint),
+        ] {
+            if let (Some(value), Some(known)) = (value, known)
+                && value.raw() != &**known
+            {
+                edits.replace(value.span(), &**known);
+            }
+        }
+        if let Some(role) = chunk.role.filter(|_| self.journal.role) {
+            edits.remove(data, "role", role.span());
+        }
+        if let (Way::Continue { base, .. }, Some(usage)) = (way, chunk.usage) {
+            match self.whole_usage(usage, *base) {
+                Some(whole) => edits.replace(usage.span(), whole),
+                // Better none than a wrong one; the API allows for it.
+                None if chunk.choices == Some(0) => return,
+                None => edits.replace(usage.span(), *b"null"),
+            }
+        }
+        self.journal.introduce(chunk);
+        write_event(out, None, &edits.apply(data));
+    }
+
+    /// The usage of the whole answer, where all of its counts are known.
+    fn whole_usage(&self, usage: Value<'_>, base: Option<u64>) -> Option<String> {
+        let prompt = self.journal.prompt_tokens?;
+        let completion = usage.get("completion_tokens")?.as_u64()?.checked_add(base?)?;
+        let total = prompt.checked_add(completion)?;
+        Some(format!(
+            r#"{{"prompt_tokens":{prompt},"total_tokens":{total},"completion_tokens":{completion}}}"#
+        ))
+    }
+
+    /// Ends the answer at the seam, where a stop string was completed.
+    fn write_stop(&mut self, out: &mut Vec<u8>) {
+        let (object, choice): (&[u8], &[u8]) = match self.endpoint {
+            Endpoint::ChatCompletions => (b"chat.completion.chunk", br#""delta":{}"#),
+            _ => (b"text_completion", br#""text":"""#),
+        };
+        let known = &self.journal.identity;
+        let mut json = b"{\"object\":\"".to_vec();
+        json.extend_from_slice(object);
+        json.push(b'"');
+        for (name, value) in [("id", &known.id), ("created", &known.created), ("model", &known.model)] {
+            if let Some(value) = value {
+                json.extend_from_slice(format!(",\"{name}\":").as_bytes());
+                json.extend_from_slice(value);
+            }
+        }
+        json.extend_from_slice(b",\"choices\":[{\"index\":0,");
+        json.extend_from_slice(choice);
+        json.extend_from_slice(b",\"finish_reason\":\"stop\"}]}");
+        write_event(out, None, &json);
+        self.journal.finished = true;
+        self.write_done(out);
+    }
+
+    fn write_done(&mut self, out: &mut Vec<u8>) {
+        write_event(out, None, b"[DONE]");
+        self.journal.done = true;
+    }
+}
+
+impl Told {
+    fn held(&self) -> usize {
+        match &self.way {
+            Way::Replay(_) => 0,
+            Way::Continue { seam, waiting, .. } => {
+                seam.as_ref().map_or(0, Seam::held) + waiting.iter().map(Vec::len).sum::<usize>()
+            }
+        }
+    }
+}
+
+/// The texts of a chunk, in the order of its `said`. A lone half of a surrogate pair is no text.
+fn texts<'a>(chunk: &Chunk<'a>) -> Result<SmallVec<[Cow<'a, str>; 2]>, Abandon> {
+    chunk.said.iter().map(|said| said.value.as_str().ok_or(Abandon::Unreadable)).collect()
+}
+
+/// `text` as a JSON string.
+fn quoted(text: &str) -> Vec<u8> {
+    let mut out = Vec::with_capacity(text.len() + 2);
+    write_string(&mut out, text);
+    out
+}
