@@ -20,6 +20,7 @@ mod probe;
 mod progress;
 mod relay;
 mod reload;
+mod resume;
 mod retry;
 mod routing;
 #[path = "support/selftest.rs"]

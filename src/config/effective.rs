@@ -20,6 +20,7 @@ use crate::policy::fallback::Fallback;
 use crate::policy::health::HealthPolicy;
 use crate::policy::outlier::OutlierPolicy;
 use crate::policy::progress::ProgressPolicy;
+use crate::policy::resume::ResumePolicy;
 use crate::policy::retry::{Replay, RetryPolicy};
 use crate::policy::route::Route;
 
@@ -207,6 +208,7 @@ fn pool(out: &mut Writer, pool: &Pool) {
         health,
         probe,
         load,
+        resume,
         progress,
         outlier,
         retry,
@@ -235,6 +237,7 @@ fn pool(out: &mut Writer, pool: &Pool) {
     outlier_table(out, outlier);
     retry_table(out, retry);
     queue_table(out, queue);
+    resume_table(out, resume);
     clocks_table(out, clocks);
     tls_table(out, tls);
     fallbacks.iter().for_each(|each| fallback(out, each));
@@ -450,6 +453,15 @@ fn retry_table(out: &mut Writer, retry: &RetryPolicy) {
     out.duration("backoff_max", backoff_max);
     out.duration("wait_max", wait_max);
     out.string("replay", replay_name(replay));
+}
+
+fn resume_table(out: &mut Writer, resume: &ResumePolicy) {
+    let ResumePolicy { mode, resumes_max, replay_tokens_max, journal_bytes_max } = *resume;
+    out.table("[pool.resume]");
+    out.string("mode", mode.name());
+    out.plain("resumes_max", resumes_max);
+    out.plain("replay_tokens_max", replay_tokens_max);
+    out.size("journal_bytes_max", journal_bytes_max);
 }
 
 fn queue_table(out: &mut Writer, queue: &QueuePolicy) {

@@ -32,7 +32,7 @@ pub(super) const POOL: Section = Section {
     path: "pool",
     keys: &[
         "name", "backends", "models", "aliases", "http", "balance", "health", "probe", "progress", "outlier",
-        "retry", "queue", "clocks", "load", "tls", "fallback",
+        "retry", "queue", "resume", "clocks", "load", "tls", "fallback",
     ],
 };
 pub(super) const BACKEND: Section = Section {
@@ -107,6 +107,8 @@ pub(super) const OUTLIER: Section = Section {
         "persistent",
     ],
 };
+pub(super) const RESUME: Section =
+    Section { path: "pool.resume", keys: &["mode", "resumes_max", "replay_tokens_max", "journal_bytes_max"] };
 pub(super) const RETRY: Section = Section {
     path: "pool.retry",
     keys: &[
@@ -181,6 +183,7 @@ const SECTIONS: &[&Section] = &[
     &PROGRESS,
     &OUTLIER,
     &RETRY,
+    &RESUME,
     &QUEUE,
     &CLOCKS,
     &UPSTREAM_TLS,

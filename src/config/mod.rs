@@ -42,6 +42,7 @@ use crate::policy::fallback::Fallback;
 use crate::policy::health::HealthPolicy;
 use crate::policy::outlier::OutlierPolicy;
 use crate::policy::progress::ProgressPolicy;
+use crate::policy::resume::ResumePolicy;
 use crate::policy::retry::RetryPolicy;
 use crate::policy::route::Route;
 
@@ -126,6 +127,8 @@ pub struct Pool {
     pub progress: ProgressPolicy,
     /// When a backend is slower than its peers.
     pub outlier: OutlierPolicy,
+    /// Whether a broken stream goes on elsewhere, and how.
+    pub resume: ResumePolicy,
     /// What may be sent again, how often.
     pub retry: RetryPolicy,
     /// How exchanges wait for a free slot.

@@ -29,6 +29,7 @@ use crate::policy::fallback::{FALLBACKS_MAX, Fallback, FallbackCause};
 use crate::policy::health::HealthPolicy;
 use crate::policy::outlier::OutlierPolicy;
 use crate::policy::progress::ProgressPolicy;
+use crate::policy::resume::{ResumeMode, ResumePolicy};
 use crate::policy::retry::{Replay, RetryPolicy};
 use crate::policy::route::Route;
 
@@ -261,6 +262,7 @@ fn pool(table: &Table<'_>, name: String, listeners: &[Listener]) -> Pool {
         progress: progress(&table.table("progress", &keys::PROGRESS)),
         outlier: outlier(&table.table("outlier", &keys::OUTLIER)),
         retry: retry(&table.table("retry", &keys::RETRY)),
+        resume: resume(&table.table("resume", &keys::RESUME)),
         queue: queue(&table.table("queue", &keys::QUEUE)),
         clocks: backend_clocks(&table.table("clocks", &keys::CLOCKS)),
         tls: upstream_tls(&table.table("tls", &keys::UPSTREAM_TLS)),
@@ -871,6 +873,22 @@ fn retry(table: &Table<'_>) -> RetryPolicy {
     not_longer(table, "backoff_min", retry.backoff_min, "backoff_max", retry.backoff_max);
     table.refuse_unknown_keys();
     retry
+}
+
+fn resume(table: &Table<'_>) -> ResumePolicy {
+    let default = ResumePolicy::default();
+    let resume = ResumePolicy {
+        mode: table.choice("mode", default.mode, &ResumeMode::ALL.map(|mode| (mode.name(), mode))),
+        resumes_max: table.integer("resumes_max", default.resumes_max, 1..=10),
+        replay_tokens_max: table.integer("replay_tokens_max", default.replay_tokens_max, 0..=1_000_000),
+        journal_bytes_max: table.size(
+            "journal_bytes_max",
+            default.journal_bytes_max as u64,
+            1 << 10..=1 << 30,
+        ) as usize,
+    };
+    table.refuse_unknown_keys();
+    resume
 }
 
 fn queue(table: &Table<'_>) -> QueuePolicy {

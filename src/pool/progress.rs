@@ -171,6 +171,11 @@ impl Pool {
         self.state.tempo.first_token(kind)
     }
 
+    /// Silence at which a stream is late.
+    pub fn soft_token_gap(&self) -> Duration {
+        self.state.tempo.token_gap()
+    }
+
     /// Gaps of a stretch of a stream from member `i`, which began then and has just ended: the longest, and the mean.
     pub fn learn_token_gaps(&self, i: usize, began: Moment, longest: Duration, mean: Duration) {
         let (now, tempo) = (clock::now(), &self.state.tempo);

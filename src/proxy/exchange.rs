@@ -34,6 +34,7 @@ use crate::proxy::leg::Leg;
 use crate::proxy::relay::{AnswerBody, Serving};
 use crate::proxy::replay_body::ReplayBody;
 use crate::proxy::respond::{Refusal, refuse, whole_seconds};
+use crate::proxy::resume::Resumer;
 use crate::proxy::sse_relay::{EventRelay, Silence};
 use crate::proxy::tunnel;
 use crate::proxy::watch::Watch;
@@ -508,8 +509,8 @@ impl Exchange {
                 let silence =
                     Silence { inter_token: clocks.inter_token, max: clocks.silence_max, since: clock::now() };
                 let words = (self.asked.endpoint, self.asked.dialect);
-                let (head, serving, _) = self.serve(head, choice, watch, outcome.started, taught);
-                let relay = EventRelay::new(ahead, body, stream, serving, words, silence);
+                let (head, serving, resume) = self.serve_stream(head, choice, watch, outcome.started, taught);
+                let relay = EventRelay::new(ahead, body, stream, serving, words, silence, resume);
                 Response::from_parts(*head, AnswerBody::events(relay))
             }
             Some(Answer::Switched { head, upgraded, body }) => {
@@ -534,6 +535,27 @@ impl Exchange {
         let turn = self.turn;
         let serving = Serving { choice, ledger: self.ledger, watch, started, own_credentials, told, turn };
         (head, serving, self.switch)
+    }
+
+    /// As [`serve`](Self::serve), and keeps of the request what going on with a broken stream takes.
+    fn serve_stream(
+        mut self: Box<Self>,
+        mut head: Box<response::Parts>,
+        choice: Choice,
+        watch: Watch,
+        started: Moment,
+        told: bool,
+    ) -> (Box<response::Parts>, Serving, Option<Box<Resumer>>) {
+        self.ledger.answered(head.status);
+        head.headers.insert(X_REQUEST_ID, self.ledger.id.clone());
+        served_by(&mut head.headers, self.leg.named());
+        let own_credentials = choice.member().params.own_credentials;
+        let may_run_twice = self.is_replayable();
+        let Self { worker, asked, body, leg, ledger, turn, .. } = *self;
+        let sent = leg.body.clone().or_else(|| body.bytes().cloned()).filter(|_| may_run_twice);
+        let resume = sent.and_then(|sent| Resumer::arm(&worker, asked, leg, sent));
+        let serving = Serving { choice, ledger, watch, started, own_credentials, told, turn };
+        (head, serving, resume)
     }
 
     fn whole(

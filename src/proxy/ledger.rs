@@ -38,13 +38,14 @@ pub(super) struct Ledger {
     bytes_out: u64,
     attempts: SmallVec<[Entry; 2]>,
     first_token: Option<Duration>,
+    resumed: u32,
 }
 
 /// What is written about one attempt.
 pub(super) struct Entry {
     /// Where it went.
     pub backend: Arc<Backend>,
-    /// `first`, `retry`, `failover` or `fallback`.
+    /// `first`, `retry`, `failover`, `hedge`, `fallback` or `resume`.
     pub role: &'static str,
     /// What became of it.
     pub outcome: AttemptOutcome,
@@ -91,6 +92,7 @@ impl Ledger {
             bytes_out: 0,
             attempts: SmallVec::new(),
             first_token: None,
+            resumed: 0,
         }
     }
 
@@ -164,6 +166,11 @@ impl Ledger {
         self.first_token.get_or_insert(clock::now().since(self.started));
     }
 
+    /// The stream goes on at another backend.
+    pub(super) fn resumed(&mut self) {
+        self.resumed += 1;
+    }
+
     /// Bytes of the answer were handed over.
     pub(super) fn sent(&mut self, bytes: usize) {
         self.bytes_out += bytes as u64;
@@ -205,7 +212,7 @@ impl Ledger {
             duration: clock::now().since(self.started),
             first_token: self.first_token,
             end: self.count.end(),
-            resumed: 0,
+            resumed: self.resumed,
         });
     }
 }

@@ -22,6 +22,7 @@ use crate::proxy::admit::{self, Asked};
 use crate::proxy::replay_body::ReplayBody;
 
 /// One pool as an exchange asks it.
+#[derive(Clone)]
 pub(super) struct Leg {
     /// Its parameters and backends; of the latest generation that has it.
     pub(super) pool: Arc<Pool>,

@@ -17,6 +17,7 @@ mod models;
 mod relay;
 mod replay_body;
 mod respond;
+mod resume;
 mod sse_relay;
 mod token_stream;
 mod tunnel;

@@ -169,8 +169,14 @@ impl Serving {
         self.ledger.ended(End::Complete);
     }
 
-    /// The backend broke its answer off.
+    /// The backend broke its answer off, and so it ends for the client.
     pub(super) fn broke(&mut self, phase: Phase, cause: Cause, end: End) {
+        self.leave(phase, cause);
+        self.ledger.ended(end);
+    }
+
+    /// The backend broke its answer off: its judge and the ledger are told.
+    pub(super) fn leave(&mut self, phase: Phase, cause: Cause) {
         if cause.lost_connection() {
             self.choice.lost_connection();
         }
@@ -191,7 +197,17 @@ impl Serving {
             Verdict::Cancelled => (AttemptOutcome::Cancelled, Observation::Neutral),
         };
         self.tell(outcome, observation, cause.name(), phase.name());
-        self.ledger.ended(end);
+    }
+
+    /// This leg is given up, and nothing is to be learned from it.
+    pub(super) fn abandon(&mut self, why: &'static str) {
+        self.tell(AttemptOutcome::Neutral, Observation::Neutral, why, Phase::Stream.name());
+    }
+
+    /// Another attempt goes on with the answer.
+    pub(super) fn take_over(&mut self, choice: Choice, watch: Watch, started: Moment) {
+        self.own_credentials = choice.member().params.own_credentials;
+        (self.choice, self.watch, self.started, self.told) = (choice, watch, started, false);
     }
 
     fn tell(

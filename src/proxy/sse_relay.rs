@@ -1,11 +1,14 @@
 //! A token stream on its way to the client: whole events, as they come, unchanged.
 //!
-//! The answer ends well only after a good finish of every choice. Anything else the client is told in one
-//! error event of its dialect, then the body ends cleanly, and never with `[DONE]`. What breaks behind the
-//! finish is completed here. Silence beyond the inter-token clock is borne as long as the backend is not
-//! known to be gone, and `silence_max` at most.
+//! The answer ends well only after a good finish of every choice. A leg that breaks before is followed by
+//! another where `policy::resume` knows how; its events pass through the splice, which lets only new ones by. Where
+//! that cannot be, the client is told in one error event of its dialect, then the body ends cleanly, and never
+//! with `[DONE]`. What breaks behind the finish is completed here. Silence beyond the inter-token clock is borne
+//! as long as the backend is not known to be gone, and `silence_max` at most.
 
 use std::collections::VecDeque;
+use std::ops::ControlFlow;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -16,12 +19,18 @@ use crate::policy::Moment;
 use crate::policy::dialect::{Dialect, Endpoint};
 use crate::policy::health::Standing;
 use crate::policy::retry::{Cause, Phase};
-use crate::proxy::attempt::cut;
+use crate::pool::Backend;
+use crate::proxy::attempt::{Answer, Outcome, cut};
+use crate::proxy::hedge::Tried;
+use crate::proxy::ledger::Entry;
 use crate::proxy::relay::Serving;
 use crate::proxy::respond::last_event;
+use crate::proxy::resume::{self, Next, Resumer};
 use crate::proxy::token_stream::{Ending, TokenStream};
 use crate::proxy::watch::Stage;
-use crate::telemetry::metrics::End;
+use crate::sse::Decoder;
+use crate::telemetry::events::StreamResumed;
+use crate::telemetry::metrics::{AttemptOutcome, End};
 use crate::upstream::InBody;
 
 /// The body of an answer that is a token stream.
@@ -36,6 +45,24 @@ pub(super) struct EventRelay {
     dialect: Dialect,
     clocks: Silence,
     gaps: Gaps,
+    /// None where the stream cannot be resumed.
+    resume: Option<Box<Resumer>>,
+    /// What the splice has written of the leg under way; none for the first leg.
+    spliced: Option<Spliced>,
+    /// A leg has broken for this reason, and another is being looked for.
+    broken: Option<Cause>,
+    /// Since when, and why, the client has had nothing new.
+    gap_since: Moment,
+    gap_cause: Cause,
+}
+
+/// What a leg behind the first has given the client.
+#[derive(Default)]
+struct Spliced {
+    spoke: bool,
+    finished: bool,
+    /// Where the leg before it ran.
+    from: Option<Arc<Backend>>,
 }
 
 /// How much silence is borne.
@@ -86,16 +113,52 @@ impl EventRelay {
         serving: Serving,
         (endpoint, dialect): (Endpoint, Dialect),
         clocks: Silence,
+        resume: Option<Box<Resumer>>,
     ) -> Self {
-        serving.choice.in_flight.streams();
-        let gaps = Gaps::default();
-        let mut relay = Self { ahead, body, stream, serving, endpoint, dialect, clocks, gaps };
-        let since = relay.clocks.since;
-        relay.serving.watch.enter(Stage::Body { idle: relay.clocks.inter_token, since });
+        let (gaps, spliced, broken) = (Gaps::default(), None, None);
+        let mut relay = Self {
+            ahead,
+            body,
+            stream,
+            serving,
+            endpoint,
+            dialect,
+            clocks,
+            gaps,
+            resume,
+            spliced,
+            broken,
+            gap_since: Moment::ZERO,
+            gap_cause: Cause::Silence,
+        };
+        relay.note_ahead();
+        relay.begin_leg();
         if relay.body.is_none() {
             relay.serving.complete();
         }
         relay
+    }
+
+    /// The clocks of a leg that has just spoken.
+    fn begin_leg(&mut self) {
+        self.serving.choice.in_flight.streams();
+        let since = self.clocks.since;
+        self.serving.watch.enter(Stage::Body { idle: self.clocks.inter_token, since });
+        if self.resume.is_some() {
+            self.serving.watch.rescue_on(self.serving.choice.ejections());
+        }
+    }
+
+    /// Events that came before the gate are the client's, too.
+    fn note_ahead(&mut self) {
+        let Some(resume) = &mut self.resume else { return };
+        let mut decoder = Decoder::new(usize::MAX);
+        for chunk in &self.ahead {
+            let _ = decoder.feed(chunk, |event| {
+                resume.observe(event.data);
+                ControlFlow::Continue(())
+            });
+        }
     }
 
     /// The next bytes; `None` is the end.
@@ -104,6 +167,12 @@ impl EventRelay {
             if let Some(chunk) = self.ahead.pop_front() {
                 self.serving.ledger.sent(chunk.len());
                 return Poll::Ready(Some(chunk));
+            }
+            if let Some(cause) = self.broken {
+                match self.poll_next_leg(cx, cause) {
+                    Poll::Ready(()) => continue,
+                    Poll::Pending => return Poll::Pending,
+                }
             }
             let Some(body) = &mut self.body else { return Poll::Ready(None) };
             match body.poll_frame(cx) {
@@ -116,6 +185,7 @@ impl EventRelay {
                 Poll::Ready(None) => self.end(Ok(())),
                 Poll::Pending => match self.serving.watch.poll_expired(cx) {
                     Poll::Ready(Cause::Silence) if self.may_go_on() => {}
+                    Poll::Ready(Cause::Rescued) if self.is_moving() => {}
                     Poll::Ready(cause) => self.broke(cause),
                     Poll::Pending => {
                         self.begin_to_wait();
@@ -127,16 +197,164 @@ impl EventRelay {
     }
 
     fn feed(&mut self, chunk: Bytes) {
-        let fed = self.stream.feed(chunk, &mut self.ahead);
+        let mut raw = VecDeque::new();
+        let first = self.spliced.is_none();
+        let out = if first { &mut self.ahead } else { &mut raw };
+        let (mut resume, mut room) = (self.resume.as_mut().filter(|_| first), true);
+        let fed = self.stream.feed(chunk, out, |data| {
+            if let Some(resume) = &mut resume {
+                room &= resume.observe(data);
+            }
+        });
         if fed.any {
             self.moved(clock::now());
         }
-        if fed.too_large {
-            self.serving.ledger.worker().telemetry().metrics.count_limit("event_bytes_max");
+        if fed.too_large || !room {
+            let limit = if room { "event_bytes_max" } else { "memory_max" };
+            self.serving.ledger.worker().telemetry().metrics.count_limit(limit);
+            // It goes on as it is, and ends visibly if it breaks.
+            self.resume = self.resume.take().filter(|_| !first);
+        }
+        if !first && !self.splice(raw) {
+            return;
         }
         if let Some(fault) = fed.broken {
             self.broke(fault.cause);
         }
+    }
+
+    /// Events of a leg behind the first: what is new in them goes to the client. False if the leg is of no use.
+    fn splice(&mut self, raw: VecDeque<Bytes>) -> bool {
+        let (Some(resume), Some(spliced)) = (&mut self.resume, &mut self.spliced) else { return true };
+        let mut out = Vec::new();
+        let mut abandoned = None;
+        for piece in raw {
+            match resume.splice.feed(&piece, &mut out) {
+                Ok(fed) => (spliced.spoke, spliced.finished) = (spliced.spoke | fed.spoke, fed.finished),
+                Err(why) => {
+                    abandoned = Some(why);
+                    break;
+                }
+            }
+        }
+        if !out.is_empty() {
+            self.ahead.push_back(out.into());
+        }
+        if spliced.spoke {
+            self.tell_resumed();
+        }
+        let Some(why) = abandoned else { return true };
+        self.body = None;
+        self.serving.choice.in_flight.rests();
+        self.serving.abandon(why.name());
+        if let Some(resume) = &mut self.resume {
+            resume.abandon();
+        }
+        self.go_on_or_end(Cause::InvalidEvent, why.name());
+        false
+    }
+
+    /// Said once a leg, when it has given the client something new.
+    fn tell_resumed(&mut self) {
+        let Some(from) = self.spliced.as_mut().and_then(|spliced| spliced.from.take()) else { return };
+        let Some(resume) = &self.resume else { return };
+        let ledger = &mut self.serving.ledger;
+        ledger.resumed();
+        let choice = &self.serving.choice;
+        choice.pool.state.metrics.count_resume("resumed");
+        StreamResumed {
+            at: &choice.backend().metrics,
+            request_id: ledger.id.to_str().unwrap_or_default(),
+            from: &from.name,
+            cause: self.gap_cause.name(),
+            strategy: resume.strategy(),
+            gap: clock::now().since(self.gap_since),
+        }
+        .emit(ledger.worker().telemetry());
+    }
+
+    /// What the search for another leg came to.
+    fn poll_next_leg(&mut self, cx: &mut Context<'_>, cause: Cause) -> Poll<()> {
+        let Self { resume, serving, .. } = self;
+        let Some(resume) = resume else { return Poll::Ready(self.end_with_error(cause)) };
+        let Poll::Ready(next) = resume.poll_search(cx, |entry| serving.ledger.attempt(entry)) else {
+            return Poll::Pending;
+        };
+        self.broken = None;
+        match next {
+            Next::Leg(tried) => self.take_leg(*tried),
+            Next::OtherWay => self.go_on_or_end(cause, "engine_refused"),
+            Next::End(why) => {
+                self.serving.choice.pool.state.metrics.count_resume(why);
+                self.end_with_error(cause);
+            }
+        }
+        Poll::Ready(())
+    }
+
+    /// Another backend speaks.
+    fn take_leg(&mut self, tried: Tried) {
+        let Tried { choice, outcome, watch } = tried;
+        let Outcome { facts, answer, first_byte, started } = *outcome;
+        let Some(Answer::Tokens { ahead, stream, body, .. }) = answer else { return };
+        self.serving.ledger.attempt(Entry {
+            backend: choice.backend().clone(),
+            role: resume::ROLE,
+            outcome: AttemptOutcome::Success,
+            cause: "",
+            phase: "",
+            reused: facts.reused,
+            started,
+            first_byte,
+            lasted: None,
+        });
+        let from = Some(self.serving.choice.backend().clone());
+        self.serving.take_over(choice, watch, started);
+        (self.stream, self.body) = (stream, body);
+        (self.gaps, self.spliced) = (Gaps::default(), Some(Spliced { from, ..Spliced::default() }));
+        self.clocks.since = clock::now();
+        self.begin_leg();
+        if self.splice(ahead) && self.body.is_none() {
+            self.end(Ok(()));
+        }
+    }
+
+    /// A leg has broken for `cause`: another one, or the error.
+    fn go_on_or_end(&mut self, cause: Cause, why: &'static str) {
+        let broken = self.serving.choice.backend().id;
+        let searched = match &mut self.resume {
+            Some(resume) => resume.search(cause, broken),
+            None => Err(why),
+        };
+        match searched {
+            Ok(()) => self.broken = Some(cause),
+            Err(refused) => {
+                if self.resume.is_some() {
+                    self.serving.choice.pool.state.metrics.count_resume(refused);
+                }
+                self.end_with_error(cause);
+            }
+        }
+    }
+
+    fn end_with_error(&mut self, cause: Cause) {
+        self.broken = None;
+        self.serving.ledger.ended(End::Error);
+        let sequence = self.stream.next_sequence();
+        let event = last_event(&self.serving.ledger, self.dialect, self.endpoint, cause, sequence);
+        self.ahead.push_back(event);
+        self.ahead.retain(|chunk| !chunk.is_empty());
+    }
+
+    /// The backend was ejected; but this stream moves, or its client does not take what has come.
+    fn is_moving(&mut self) -> bool {
+        let choice = &self.serving.choice;
+        let silent = |since: Moment| clock::now().since(since) >= choice.pool.soft_token_gap();
+        let moving = !self.gaps.waits_since.is_some_and(silent);
+        if moving {
+            self.serving.watch.rescue_on(choice.ejections());
+        }
+        moving
     }
 
     /// The backend owes an event from now on; until then the client had enough to read.
@@ -172,8 +390,13 @@ impl EventRelay {
         match self.stream.end(clean) {
             Ending::Whole(rest) => {
                 self.body = None;
-                if !rest.is_empty() {
-                    self.ahead.push_back(rest);
+                if self.spliced.is_none() {
+                    self.ahead.extend((!rest.is_empty()).then_some(rest));
+                } else if !self.splice(VecDeque::from([rest])) {
+                    return;
+                }
+                if !self.complete_spliced() {
+                    return self.broke(Cause::EndedEarly);
                 }
                 match clean {
                     Ok(()) => self.serving.complete(),
@@ -184,19 +407,35 @@ impl EventRelay {
         }
     }
 
-    /// The connection is closed at once; the client gets what completes its answer, or the error.
+    /// Whether the client has the whole answer; what a leg behind the first left out of its tail is written.
+    fn complete_spliced(&mut self) -> bool {
+        let (Some(resume), Some(spliced)) = (&mut self.resume, &self.spliced) else { return true };
+        let mut out = Vec::new();
+        resume.splice.complete(&mut out);
+        self.ahead.extend((!out.is_empty()).then(|| Bytes::from(out)));
+        spliced.finished
+    }
+
+    /// The connection is closed at once; the client gets what completes its answer, or another leg, or the error.
     fn broke(&mut self, cause: Cause) {
         self.body = None;
         self.serving.choice.in_flight.rests();
-        if self.stream.is_complete() {
-            self.ahead.push_back(self.stream.complete_locally());
-            self.serving.broke(Phase::Tail, cause, End::Complete);
-        } else {
-            self.serving.broke(Phase::Stream, cause, End::Error);
-            let sequence = self.stream.next_sequence();
-            let event = last_event(&self.serving.ledger, self.dialect, self.endpoint, cause, sequence);
-            self.ahead.push_back(event);
+        let whole = match &self.spliced {
+            None => self.stream.is_complete(),
+            Some(spliced) => spliced.finished,
+        };
+        if !whole {
+            (self.gap_since, self.gap_cause) = (self.clocks.since, cause);
+            self.serving.leave(Phase::Stream, cause);
+            return self.go_on_or_end(cause, cause.name());
         }
+        match &self.spliced {
+            None => self.ahead.push_back(self.stream.complete_locally()),
+            Some(_) => {
+                self.complete_spliced();
+            }
+        }
+        self.serving.broke(Phase::Tail, cause, End::Complete);
         self.ahead.retain(|chunk| !chunk.is_empty());
     }
 

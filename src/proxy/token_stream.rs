@@ -86,8 +86,13 @@ impl TokenStream {
         self.sequence
     }
 
-    /// Reads a chunk; what may be forwarded is appended to `out`.
-    pub(super) fn feed(&mut self, chunk: Bytes, out: &mut VecDeque<Bytes>) -> Fed {
+    /// Reads a chunk; what may be forwarded is appended to `out`, and the data of each such event given to `note`.
+    pub(super) fn feed(
+        &mut self,
+        chunk: Bytes,
+        out: &mut VecDeque<Bytes>,
+        mut note: impl FnMut(&[u8]),
+    ) -> Fed {
         let mut fed = Fed::default();
         if self.opaque {
             fed.any = true;
@@ -100,7 +105,10 @@ impl TokenStream {
         let on_event = |event: Event<'_>| {
             fed.any = true;
             match judge(&event, reader, progress, sequence, *endpoint, &mut fed.meaningful) {
-                None => ControlFlow::Continue(()),
+                None => {
+                    note(event.data);
+                    ControlFlow::Continue(())
+                }
                 Some(cause) => {
                     let said = event.error_field.unwrap_or(event.data);
                     fed.broken = Some(Fault { cause, said: Bytes::copy_from_slice(said) });
@@ -270,7 +278,7 @@ mod tests {
         let split = split.min(wire.len());
         let mut broken = None;
         for part in [&wire[..split], &wire[split..]] {
-            let fed = stream.feed(Bytes::copy_from_slice(part.as_bytes()), &mut out);
+            let fed = stream.feed(Bytes::copy_from_slice(part.as_bytes()), &mut out, |_| {});
             if let Some(fault) = fed.broken {
                 broken = Some(fault.cause.name());
                 break;
@@ -331,7 +339,7 @@ mod tests {
             let mut out = VecDeque::new();
             let split = split.min(wire.len());
             for part in [&wire[..split], &wire[split..]] {
-                let fed = stream.feed(Bytes::copy_from_slice(part.as_bytes()), &mut out);
+                let fed = stream.feed(Bytes::copy_from_slice(part.as_bytes()), &mut out, |_| {});
                 prop_assert!(fed.broken.is_none());
             }
             let sent: Vec<u8> = out.into_iter().flatten().collect();

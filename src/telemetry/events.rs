@@ -521,6 +521,36 @@ impl RequestKills<'_> {
     }
 }
 
+/// A broken stream goes on at another backend: it has given the client something new.
+#[derive(Clone, Copy)]
+pub struct StreamResumed<'a> {
+    /// Where it goes on.
+    pub at: &'a BackendMetrics,
+    /// Its `x-request-id`.
+    pub request_id: &'a str,
+    /// Where it broke.
+    pub from: &'a str,
+    /// How.
+    pub cause: &'static str,
+    /// `text`, `replay`, …
+    pub strategy: &'static str,
+    /// From the last event of the old leg to the first of the new one.
+    pub gap: Duration,
+}
+
+impl StreamResumed<'_> {
+    /// Logs, counts, remembers.
+    pub fn emit(&self, telemetry: &Telemetry) {
+        let Self { request_id, from, cause, strategy, gap, .. } = *self;
+        Notice::new(Severity::Info, "stream_resumed").at(self.at).named(strategy).tell(
+            telemetry,
+            &format_args!(
+                "{request_id} goes on after {gap:.1?} by {strategy}: {from} broke it off ({cause})"
+            ),
+        );
+    }
+}
+
 /// A new configuration is in force.
 #[derive(Clone, Copy)]
 pub struct ReloadApplied<'a> {

@@ -283,6 +283,7 @@ struct PoolFamilies {
     budget_empty: Family<IntCounter>,
     hedges: Family<IntCounter>,
     resumes: Family<IntCounter>,
+    not_armed: Family<IntCounter>,
     fallbacks: Family<IntCounter>,
 }
 
@@ -449,6 +450,12 @@ impl Metrics {
                     "resumes_total",
                     "Broken streams, by whether they were continued.",
                     &["pool", "result"],
+                ),
+                not_armed: counters(
+                    &r,
+                    "streams_not_armed_total",
+                    "Token streams that would not be continued if they broke, by why.",
+                    &["pool", "reason"],
                 ),
                 fallbacks: counters(
                     &r,
@@ -896,6 +903,11 @@ impl PoolMetrics {
         self.families.pool.fallbacks.get(&[&self.pool, cause]).inc();
     }
 
+    /// Counts a stream that could not be resumed if it broke, by the reason.
+    pub fn count_not_armed(&self, reason: &'static str) {
+        self.families.pool.not_armed.get(&[&self.pool, reason]).inc();
+    }
+
     /// Counts a broken stream: `resumed`, or why not.
     pub fn count_resume(&self, result: &'static str) {
         self.families.pool.resumes.get(&[&self.pool, result]).inc();
@@ -1147,9 +1159,10 @@ impl PoolFamilies {
             budget_empty,
             hedges,
             resumes,
+            not_armed,
             fallbacks,
         } = self;
-        for family in [queue_refused, retries, budget_empty, hedges, resumes, fallbacks] {
+        for family in [queue_refused, retries, budget_empty, hedges, resumes, not_armed, fallbacks] {
             family.retain(keep);
         }
         for family in [backends, eligible, panic_mode, waiting, queue] {

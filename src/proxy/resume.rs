@@ -1,0 +1,310 @@
+//! Going on with a broken stream at another backend: what is kept of an exchange for it, and the search.
+//!
+//! How to go on is decided by `policy::resume`, whom to ask by the pool, whether it can be afforded by the budget.
+//! Here it is done, and nothing is written to the client: the relay commits what the splice lets through. One
+//! leg at a time; dropping the search closes its connection.
+
+use std::future::poll_fn;
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use smallvec::SmallVec;
+
+use crate::clock;
+use crate::policy::dialect::ErrorClass;
+use crate::policy::health::Observation;
+use crate::policy::resume::{Plan, Splice};
+use crate::policy::retry::{Cause, Phase, Verdict, verdict};
+use crate::pool::{About, BackendId, Choice, Wanted};
+use crate::proxy::admit::Asked;
+use crate::proxy::attempt::{Answer, Attempt, Outcome};
+use crate::proxy::hedge::Tried;
+use crate::proxy::ledger::Entry;
+use crate::proxy::leg::Leg;
+use crate::proxy::watch::Watch;
+use crate::proxy::worker::{Held, Worker};
+use crate::telemetry::metrics::AttemptOutcome;
+use crate::upstream::{OutBody, Want};
+
+/// Rather a backend that has shown life within this.
+const LIVELY: Duration = Duration::from_secs(2);
+
+/// Between two looks for a backend, while none can take the stream.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// What is needed to go on with one stream.
+pub(super) struct Resumer {
+    /// What the client has, over all legs.
+    pub(super) splice: Splice,
+    request: Arc<Request>,
+    /// Backends that broke it.
+    broke: SmallVec<[BackendId; 4]>,
+    /// The first search draws on the allowance of a lost replica.
+    searches: u32,
+    /// The journal's share of the memory bound.
+    held: Held,
+    plan: Option<Plan>,
+    search: Option<Pin<Box<dyn Future<Output = Found> + Send>>>,
+}
+
+/// The request, as every leg sends it.
+struct Request {
+    worker: Arc<Worker>,
+    asked: Asked,
+    leg: Leg,
+    body: Bytes,
+}
+
+/// What came of a search.
+struct Found {
+    /// A stream whose first token is here.
+    leg: Option<Box<Tried>>,
+    /// Attempts that came to nothing, as they are written down.
+    failed: SmallVec<[Entry; 2]>,
+    /// The engine refused what was made of its request.
+    refused: bool,
+}
+
+/// How the relay goes on.
+pub(super) enum Next {
+    /// With this leg.
+    Leg(Box<Tried>),
+    /// In another way, if there is one.
+    OtherWay,
+    /// Not at all, for this reason.
+    End(&'static str),
+}
+
+impl Resumer {
+    /// For a stream that is about to begin; none where it cannot be resumed, which is counted.
+    pub(super) fn arm(worker: &Arc<Worker>, asked: Asked, leg: Leg, body: Bytes) -> Option<Box<Self>> {
+        match Splice::arm(asked.endpoint, &body, &leg.pool.config.resume) {
+            Ok(splice) => Some(Box::new(Self {
+                splice,
+                request: Arc::new(Request { worker: worker.clone(), asked, leg, body }),
+                broke: SmallVec::new(),
+                searches: 0,
+                held: Held::default(),
+                plan: None,
+                search: None,
+            })),
+            Err(reason) => {
+                leg.pool.state.metrics.count_not_armed(reason.name());
+                None
+            }
+        }
+    }
+
+    /// The client gets this event of the first leg; false once there is no memory left for what it has.
+    pub(super) fn observe(&mut self, data: &[u8]) -> bool {
+        let before = self.splice.held();
+        self.splice.observe(data);
+        let grown = self.splice.held().saturating_sub(before) as u64;
+        grown == 0 || self.held.grow(&self.request.worker.memory, grown, self.request.asked.limits.memory_max)
+    }
+
+    /// A leg at `broken` broke off for `cause`: begins to search for another.
+    ///
+    /// # Errors
+    /// Why not.
+    pub(super) fn search(&mut self, cause: Cause, broken: BackendId) -> Result<(), &'static str> {
+        if !is_the_backends(cause) {
+            return Err("not_the_backends");
+        }
+        let Request { leg, body, .. } = &*self.request;
+        let engine = leg.pool.config.probe.page.preset;
+        let plan = self.splice.plan(engine, body).map_err(|refused| refused.name())?;
+        if !leg.pool.state.may_retry(&leg.policy, self.searches == 0) {
+            return Err("budget");
+        }
+        self.searches += 1;
+        self.broke.push(broken);
+        let search = search(self.request.clone(), plan.clone(), self.broke.clone());
+        self.search = Some(Box::pin(search));
+        self.plan = Some(plan);
+        Ok(())
+    }
+
+    /// What the search came to; attempts in vain are given to `write`.
+    pub(super) fn poll_search(&mut self, cx: &mut Context<'_>, write: impl FnMut(Entry)) -> Poll<Next> {
+        let (Some(search), Some(plan)) = (&mut self.search, &self.plan) else {
+            return Poll::Ready(Next::End("no_search"));
+        };
+        let Poll::Ready(found) = search.as_mut().poll(cx) else { return Poll::Pending };
+        self.search = None;
+        found.failed.into_iter().for_each(write);
+        Poll::Ready(match found.leg {
+            Some(leg) => {
+                self.splice.begin_leg(plan);
+                Next::Leg(leg)
+            }
+            None if found.refused => {
+                self.splice.withdraw(plan.strategy);
+                Next::OtherWay
+            }
+            None => Next::End("no_backend"),
+        })
+    }
+
+    /// The leg under way is of no use.
+    pub(super) fn abandon(&mut self) {
+        if let Some(plan) = &self.plan {
+            self.splice.withdraw(plan.strategy);
+        }
+    }
+
+    /// The name of the way taken last.
+    pub(super) fn strategy(&self) -> &'static str {
+        self.plan.as_ref().map_or("", |plan| plan.strategy.name())
+    }
+}
+
+/// Whether another backend may do better.
+fn is_the_backends(cause: Cause) -> bool {
+    !matches!(
+        cause,
+        Cause::TotalTimeout
+            | Cause::ClientGone
+            | Cause::Upload
+            | Cause::LocalResources
+            | Cause::ErrorInside(ErrorClass::ClientFault(_))
+    )
+}
+
+/// Asks one backend after the other until one speaks.
+async fn search(request: Arc<Request>, plan: Plan, broke: SmallVec<[BackendId; 4]>) -> Found {
+    let mut found = Found { leg: None, failed: SmallVec::new(), refused: false };
+    let mut leg = request.leg.clone();
+    if let Some(path) = plan.path.and_then(|path| path.parse().ok()) {
+        leg.path = path;
+    }
+    let body = plan.body.map_or_else(|| request.body.clone(), Bytes::from);
+    let mut tried = broke;
+    for number in 1..=u32::from(leg.policy.attempts_max) {
+        let Some(choice) = choose(&request, &leg, &tried).await else { break };
+        tried.push(choice.backend().id);
+        let mut watch = Watch::new(request.worker.alarms.alarm(), leg.total);
+        let attempt = Attempt {
+            worker: &request.worker,
+            asked: &request.asked,
+            leg: &leg,
+            choice: &choice,
+            number: number + 1,
+            want: Want::Any,
+            movable: true,
+            watch: &mut watch,
+        };
+        let out = OutBody::Whole(Some(body.clone()));
+        let outcome = unless_late(pin!(attempt.run(|| out)), &choice).await;
+        watch.keep();
+        let Some(outcome) = outcome else {
+            request.worker.with_rng(|rng| choice.observe(About::Model, Observation::Silent, rng));
+            found.failed.push(late_entry(&choice));
+            continue;
+        };
+        let judged = verdict(&outcome.facts);
+        let speaks = matches!(outcome.answer, Some(Answer::Tokens { .. }));
+        teach(&request, &choice, &outcome, judged);
+        if judged == Verdict::Success && speaks {
+            found.leg = Some(Box::new(Tried { choice, outcome, watch }));
+            break;
+        }
+        found.failed.push(failed_entry(&choice, &outcome, judged));
+        // What it says of a request of our making is no word for the client.
+        if matches!(judged, Verdict::Success | Verdict::Neutral) && outcome.facts.cause.is_answer() {
+            found.refused = true;
+            break;
+        }
+    }
+    found
+}
+
+/// The backend of the next leg: not one that broke it, rather one that has just shown life. Waited for as any is.
+async fn choose(request: &Request, leg: &Leg, tried: &[BackendId]) -> Option<Choice> {
+    let until = clock::now() + leg.policy.wait_max;
+    loop {
+        let wanted = Wanted {
+            tried,
+            class: request.asked.class,
+            model: leg.pool.judged_model(leg.model.as_deref()),
+            affinity: leg.affinity,
+            prompt_bytes: request.asked.prompt_bytes,
+            only: None,
+            proven_since: Some(clock::now() - LIVELY),
+            replayable: false,
+            paid: true,
+        };
+        match request.worker.with_rng(|rng| leg.pool.pick(&wanted, rng)) {
+            Ok(choice) => return Some(choice),
+            Err(_nobody) if clock::now() < until => tokio::time::sleep(LOOK).await,
+            Err(_nobody) => return None,
+        }
+    }
+}
+
+/// The outcome; none once its first token is late.
+async fn unless_late<F>(mut running: Pin<&mut F>, choice: &Choice) -> Option<Box<Outcome>>
+where
+    F: Future<Output = Box<Outcome>>,
+{
+    poll_fn(|cx| match running.as_mut().poll(cx) {
+        Poll::Ready(outcome) => Poll::Ready(Some(outcome)),
+        Poll::Pending if choice.in_flight.is_late() => Poll::Ready(None),
+        Poll::Pending => Poll::Pending,
+    })
+    .await
+}
+
+fn teach(request: &Request, choice: &Choice, outcome: &Outcome, judged: Verdict) {
+    let facts = &outcome.facts;
+    let observation = match judged {
+        Verdict::Success => Observation::FirstToken,
+        Verdict::Fault => Observation::Fault,
+        Verdict::Busy => Observation::Busy { until: facts.retry_after.map(|after| clock::now() + after) },
+        Verdict::Misconfigured => Observation::Misconfigured,
+        Verdict::Neutral | Verdict::Cancelled => Observation::Neutral,
+    };
+    let about = if facts.phase == Phase::Connect { About::Backend } else { About::Model };
+    request.worker.with_rng(|rng| choice.observe(about, observation, rng));
+}
+
+fn failed_entry(choice: &Choice, outcome: &Outcome, judged: Verdict) -> Entry {
+    let counted = match judged {
+        Verdict::Fault => AttemptOutcome::Fault,
+        Verdict::Busy => AttemptOutcome::Busy,
+        Verdict::Misconfigured => AttemptOutcome::Misconfigured,
+        Verdict::Success | Verdict::Neutral | Verdict::Cancelled => AttemptOutcome::Neutral,
+    };
+    Entry {
+        backend: choice.backend().clone(),
+        role: ROLE,
+        outcome: counted,
+        cause: outcome.facts.cause.name(),
+        phase: outcome.facts.phase.name(),
+        reused: outcome.facts.reused,
+        started: outcome.started,
+        first_byte: outcome.first_byte,
+        lasted: Some(outcome.facts.took),
+    }
+}
+
+fn late_entry(choice: &Choice) -> Entry {
+    let started = choice.in_flight.started();
+    Entry {
+        backend: choice.backend().clone(),
+        role: ROLE,
+        outcome: AttemptOutcome::Overtaken,
+        cause: "overtaken",
+        phase: Phase::Gate.name(),
+        reused: false,
+        started,
+        first_byte: None,
+        lasted: Some(clock::now().since(started)),
+    }
+}
+
+/// An attempt that continues a relayed stream.
+pub(super) const ROLE: &str = "resume";
