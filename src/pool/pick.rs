@@ -163,7 +163,7 @@ impl Pool {
 
     /// A backend whose ejection is over needs one real request to come back.
     fn pick_trial(self: &Arc<Self>, wanted: &Wanted<'_>, now: Moment) -> Option<Choice> {
-        if !wanted.replayable || !self.state.trials_open() {
+        if !self.state.trials_open() {
             return None;
         }
         let mut any = false;
@@ -180,7 +180,8 @@ impl Pool {
                 && !self.lacks(i, wanted.model)
                 && !self.yields_to_doubt(i, wanted, now);
             let judge = if waits(whole) { whole } else { model };
-            if open && judge.begin_trial(now) {
+            let may_try = || wanted.replayable || judge.read(|health| health.takes_any_trial(now));
+            if open && may_try() && judge.begin_trial(now) {
                 let trial = Trial { judge: judge.clone(), state: self.state.clone(), began: now };
                 return Some(Choice { trial: Some(trial), ..self.choose(i, wanted, now) });
             }

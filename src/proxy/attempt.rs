@@ -56,7 +56,7 @@ pub(super) enum Answer {
     /// Held until whole.
     Whole {
         /// Its head.
-        head: response::Parts,
+        head: Box<response::Parts>,
         /// Its body.
         body: Bytes,
         /// What came after it.
@@ -67,7 +67,7 @@ pub(super) enum Answer {
     /// Passed on as it comes.
     Begun {
         /// Its head.
-        head: response::Parts,
+        head: Box<response::Parts>,
         /// Read already.
         ahead: VecDeque<Bytes>,
         /// Still to come.
@@ -76,7 +76,7 @@ pub(super) enum Answer {
     /// A token stream whose first token is here.
     Tokens {
         /// Its head.
-        head: response::Parts,
+        head: Box<response::Parts>,
         /// Whole events, ready to go.
         ahead: VecDeque<Bytes>,
         /// Reader of the rest.
@@ -87,7 +87,7 @@ pub(super) enum Answer {
     /// The protocol is switched.
     Switched {
         /// Its head.
-        head: response::Parts,
+        head: Box<response::Parts>,
         /// The connection, once hyper lets go of it.
         upgraded: OnUpgrade,
         /// Keeps the connection until then.
@@ -137,7 +137,7 @@ type End = (Cause, Option<Answer>);
 
 impl Attempt<'_> {
     /// Runs it to its gate. `body` is asked for once a connection stands.
-    pub(super) async fn run(mut self, body: impl FnOnce() -> OutBody) -> Outcome {
+    pub(super) async fn run(mut self, body: impl FnOnce() -> OutBody) -> Box<Outcome> {
         let started = clock::now();
         let mut seen = Seen {
             phase: Phase::Connect,
@@ -174,7 +174,8 @@ impl Attempt<'_> {
             self.choice.lost_connection();
         }
         let first_byte = seen.head_at.map(|at| at.since(started));
-        Outcome { facts, answer, first_byte, started }
+        // Boxed: it is handed on more often than it is made.
+        Box::new(Outcome { facts, answer, first_byte, started })
     }
 
     async fn steps(
@@ -323,7 +324,7 @@ impl Attempt<'_> {
     /// A token stream: held until it says something.
     async fn tokens(
         &mut self,
-        mut head: response::Parts,
+        mut head: Box<response::Parts>,
         mut body: InBody,
         started: Moment,
         lines: bool,
@@ -377,7 +378,12 @@ impl Attempt<'_> {
     }
 
     /// An answer in one piece: held until it is whole and makes sense.
-    async fn json(&mut self, seen: &mut Seen, head: response::Parts, body: InBody) -> Result<End, Cause> {
+    async fn json(
+        &mut self,
+        seen: &mut Seen,
+        head: Box<response::Parts>,
+        body: InBody,
+    ) -> Result<End, Cause> {
         seen.phase = Phase::Body;
         let max = self.asked.limits.held_body_max;
         let (chunks, rest, trailers, held) = match self.collect(body, max).await? {
@@ -404,7 +410,7 @@ impl Attempt<'_> {
     async fn error_answer(
         &mut self,
         seen: &mut Seen,
-        head: response::Parts,
+        head: Box<response::Parts>,
         body: InBody,
     ) -> Result<End, Cause> {
         let status = Cause::Status(head.status.as_u16());
@@ -453,7 +459,7 @@ impl Attempt<'_> {
     async fn plain(
         &mut self,
         seen: &mut Seen,
-        head: response::Parts,
+        head: Box<response::Parts>,
         mut body: InBody,
         mut ahead: VecDeque<Bytes>,
     ) -> Result<End, Cause> {
@@ -531,7 +537,7 @@ enum Collected {
 }
 
 /// An answer without a body, as gRPC says what went wrong: in its trailers, or in its head alone (F38).
-fn grpc_status_alone(head: response::Parts, trailers: Option<HeaderMap>) -> End {
+fn grpc_status_alone(head: Box<response::Parts>, trailers: Option<HeaderMap>) -> End {
     let cause = grpc_cause(trailers.as_ref().unwrap_or(&head.headers)).unwrap_or(Cause::Answered);
     (cause, Some(Answer::Whole { head, body: Bytes::new(), trailers, held: Held::default() }))
 }

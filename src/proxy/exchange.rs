@@ -316,7 +316,7 @@ impl Exchange {
     }
 
     /// On to the next attempt.
-    fn set_aside(&mut self, choice: &Choice, outcome: Outcome, watch: Watch, next: Next) {
+    fn set_aside(&mut self, choice: &Choice, outcome: Box<Outcome>, watch: Watch, next: Next) {
         self.history.add(&outcome.facts);
         self.failed = Some(outcome.facts);
         if matches!(next, Next::Failover | Next::Again) {
@@ -394,7 +394,7 @@ impl Exchange {
     }
 
     /// As [`Self::fall_back`], after an attempt.
-    fn leave_pool(&mut self, leg: Leg, choice: &Choice, outcome: Outcome, watch: Watch, next: Next) {
+    fn leave_pool(&mut self, leg: Leg, choice: &Choice, outcome: Box<Outcome>, watch: Watch, next: Next) {
         let refusal = match next {
             Next::GiveUp(reason) => Some(self.failure(&outcome.facts, reason)),
             _ => None,
@@ -423,7 +423,7 @@ impl Exchange {
     fn give_up(
         mut self: Box<Self>,
         choice: Choice,
-        outcome: Outcome,
+        outcome: Box<Outcome>,
         watch: Watch,
         reason: Reason,
     ) -> Response<AnswerBody> {
@@ -471,7 +471,12 @@ impl Exchange {
     }
 
     /// The commit point: from here on the client sees it.
-    fn relay(mut self: Box<Self>, choice: Choice, outcome: Outcome, watch: Watch) -> Response<AnswerBody> {
+    fn relay(
+        mut self: Box<Self>,
+        choice: Choice,
+        outcome: Box<Outcome>,
+        watch: Watch,
+    ) -> Response<AnswerBody> {
         let taught = retry::verdict(&outcome.facts) != Verdict::Success;
         let cause = outcome.facts.cause;
         // Who answers is alive, whatever the answer says; a stream has yet to come to its end.
@@ -495,7 +500,7 @@ impl Exchange {
             Some(Answer::Begun { head, ahead, body }) => {
                 let idle = self.leg.pool.config.clocks.body_idle;
                 let (head, serving, _) = self.serve(head, choice, watch, outcome.started, taught);
-                Response::from_parts(head, AnswerBody::plain(ahead, body, serving, idle))
+                Response::from_parts(*head, AnswerBody::plain(ahead, body, serving, idle))
             }
             Some(Answer::Tokens { head, ahead, stream, body }) => {
                 self.ledger.first_token();
@@ -505,23 +510,23 @@ impl Exchange {
                 let words = (self.asked.endpoint, self.asked.dialect);
                 let (head, serving, _) = self.serve(head, choice, watch, outcome.started, taught);
                 let relay = EventRelay::new(ahead, body, stream, serving, words, silence);
-                Response::from_parts(head, AnswerBody::events(relay))
+                Response::from_parts(*head, AnswerBody::events(relay))
             }
             Some(Answer::Switched { head, upgraded, body }) => {
                 let (head, serving, switch) = self.serve(head, choice, watch, outcome.started, taught);
-                tunnel::start(head, switch, upgraded, body, serving)
+                tunnel::start(*head, switch, upgraded, body, serving)
             }
         }
     }
 
     fn serve(
         mut self: Box<Self>,
-        mut head: response::Parts,
+        mut head: Box<response::Parts>,
         choice: Choice,
         watch: Watch,
         started: Moment,
         told: bool,
-    ) -> (response::Parts, Serving, Option<OnUpgrade>) {
+    ) -> (Box<response::Parts>, Serving, Option<OnUpgrade>) {
         self.ledger.answered(head.status);
         head.headers.insert(X_REQUEST_ID, self.ledger.id.clone());
         served_by(&mut head.headers, self.leg.named());
@@ -533,7 +538,7 @@ impl Exchange {
 
     fn whole(
         mut self: Box<Self>,
-        mut head: response::Parts,
+        mut head: Box<response::Parts>,
         pool: Option<HeaderValue>,
         body: impl FnOnce(Ledger) -> AnswerBody,
     ) -> Response<AnswerBody> {
@@ -542,7 +547,7 @@ impl Exchange {
         self.say_when_to_return(&mut head);
         head.headers.insert(X_REQUEST_ID, self.ledger.id.clone());
         served_by(&mut head.headers, pool);
-        Response::from_parts(head, body(self.ledger))
+        Response::from_parts(*head, body(self.ledger))
     }
 
     /// A backend's `Retry-After` is about itself; the client may come back as soon as any of the pool takes it.

@@ -29,7 +29,7 @@ pub(super) struct Tried {
     /// Whom it asked.
     pub(super) choice: Choice,
     /// What came of it.
-    pub(super) outcome: Outcome,
+    pub(super) outcome: Box<Outcome>,
     /// Its clocks.
     pub(super) watch: Watch,
 }
@@ -46,7 +46,7 @@ struct Beside<'a> {
 /// How a race ended.
 struct Raced {
     /// What came of the first attempt, if it ended.
-    first: Option<Outcome>,
+    first: Option<Box<Outcome>>,
     /// The second, if it ended.
     second: Option<Box<Tried>>,
     /// Where and since when the second ran, if it was cancelled.
@@ -96,7 +96,7 @@ impl Exchange {
         mut body: Option<&Mutex<ReplayBody>>,
     ) -> Raced
     where
-        F: Future<Output = Outcome>,
+        F: Future<Output = Box<Outcome>>,
     {
         let mut beside: Option<Beside<'_>> = None;
         // Whichever of the two failed while the other went on; boxed, for it is rare and the future is moved often.
@@ -113,7 +113,7 @@ impl Exchange {
                         cancelled,
                     });
                 }
-                failed_first = Some(Box::new(outcome));
+                failed_first = Some(outcome);
             }
             if body.is_some() && failed_first.is_none() && choice.in_flight.is_late() {
                 beside = body
@@ -125,7 +125,7 @@ impl Exchange {
             {
                 beside = None;
                 if spoke(&tried.outcome) || failed_first.is_some() {
-                    let first = failed_first.take().map(|outcome| *outcome);
+                    let first = failed_first.take();
                     return Poll::Ready(Raced { first, second: Some(tried), cancelled: None });
                 }
                 failed_second = Some(tried);

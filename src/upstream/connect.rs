@@ -284,7 +284,12 @@ where
         .max_header_list_size(ANSWER_HEAD_BYTES_MAX as u32)
         .handshake::<_, OutBody>(io)
         .await?;
-    let task = tokio::spawn(async move { drop(connection.await) });
+    let seen = traffic.clone();
+    let task = tokio::spawn(async move {
+        // One that we close ourselves ends with this task.
+        drop(connection.await);
+        seen.closed();
+    });
     Ok(Opened::H2(H2 {
         sender,
         traffic,

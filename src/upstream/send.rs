@@ -14,8 +14,8 @@ use crate::upstream::{H1, H2Stream, Lane, Lease, Leased, OutBody, Target, Traffi
 
 /// A response head, and its body still to come.
 pub struct Answer {
-    /// Status, fields, extensions.
-    pub head: response::Parts,
+    /// Status, fields, extensions. Boxed: it passes through many hands.
+    pub head: Box<response::Parts>,
     /// Frames as they arrive.
     pub body: InBody,
 }
@@ -104,7 +104,7 @@ async fn h1_answer(
                 // RFC 9112 §6.3: the encoding wins. hyper obeys, and leaves the length for others to believe.
                 head.headers.remove(header::CONTENT_LENGTH);
             }
-            Ok(Answer { head, body: InBody::new(incoming, Leased::H1(h1), lane) })
+            Ok(Answer { head: Box::new(head), body: InBody::new(incoming, Leased::H1(h1), lane) })
         }
         Err(mut refused) => {
             let unsent = refused.take_message().is_some();
@@ -118,11 +118,13 @@ async fn h1_answer(
 
 /// Whether a head says that its connection ends with the message.
 fn says_close(headers: &HeaderMap) -> bool {
-    headers.get_all(header::CONNECTION).iter().any(|value| {
+    let says = |value: &HeaderValue| {
         value
             .to_str()
             .is_ok_and(|value| value.split(',').any(|word| word.trim().eq_ignore_ascii_case("close")))
-    })
+    };
+    // Nearly no head has the field, and looking for one is cheaper than looking for several.
+    headers.contains_key(header::CONNECTION) && headers.get_all(header::CONNECTION).iter().any(says)
 }
 
 async fn send_h2(lane: Arc<Lane>, stream: H2Stream, request: Request<OutBody>) -> Result<Answer, SendError> {
@@ -130,7 +132,7 @@ async fn send_h2(lane: Arc<Lane>, stream: H2Stream, request: Request<OutBody>) -
     match sender.try_send_request(request).await {
         Ok(response) => {
             let (head, incoming) = response.into_parts();
-            Ok(Answer { head, body: InBody::new(incoming, Leased::H2(stream), lane) })
+            Ok(Answer { head: Box::new(head), body: InBody::new(incoming, Leased::H2(stream), lane) })
         }
         Err(mut refused) => {
             let unsent = refused.take_message().is_some();

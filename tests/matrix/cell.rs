@@ -50,8 +50,9 @@ const GRACE: Duration = Duration::from_secs(2);
 const LEAVES_AFTER: Duration = Duration::from_millis(100);
 const LEFT_PACE: u32 = 8;
 
-/// Attempts for each request an overloaded pool is asked.
-const STORM_MAX: f64 = 1.2;
+/// Attempts for each request an overloaded pool is asked: the retry budget's fifth, and its floor of ten a second,
+/// for the two seconds of requests and two of waiting.
+const STORM_MAX: f64 = 1.2 + 10.0 * 4.0 / REQUESTS as f64;
 
 /// A place in the matrix.
 #[derive(Clone)]

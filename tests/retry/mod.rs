@@ -107,7 +107,7 @@ async fn the_same_backend_is_asked_again_only_when_it_is_alone_and_after_a_pause
 #[tokio::test]
 async fn what_two_serving_backends_fail_alike_is_the_requests_own_fault() {
     for http in Http::BOTH {
-        let poisoned = |request: &crate::support::backend::RequestSeen| {
+        let poisoned = |request: &RequestSeen| {
             if request.body.windows(6).any(|word| word == b"poison") {
                 let failed = json!({"error": {"message": "index out of range", "code": 500}});
                 [vec![Step::Delay(Duration::from_millis(150))], reply::json(500, &failed)].concat()
@@ -126,7 +126,7 @@ async fn what_two_serving_backends_fail_alike_is_the_requests_own_fault() {
         for _ in 0..3 {
             assert_is_the_stream(&http.send(proxy.addr, &chat_request(true)).await);
         }
-        let poison = crate::support::client::chat_request_for("test-model", "poison", true);
+        let poison = client::chat_request_for("test-model", "poison", true);
         let poisoned_at = |backends: &[Backend]| -> usize {
             let is_it = |request: &&RequestSeen| request.body.windows(6).any(|word| word == b"poison");
             backends.iter().map(|backend| backend.requests().iter().filter(is_it).count()).sum()
@@ -164,7 +164,7 @@ async fn what_two_serving_backends_fail_alike_is_the_requests_own_fault() {
 #[tokio::test]
 async fn one_request_that_all_fail_ejects_nobody_from_a_fleet_without_other_traffic() {
     for http in Http::BOTH {
-        let poisoned = |request: &crate::support::backend::RequestSeen| {
+        let poisoned = |request: &RequestSeen| {
             if request.body.windows(6).any(|word| word == b"poison") {
                 reply::error(500)
             } else {
@@ -179,7 +179,7 @@ async fn one_request_that_all_fail_ejects_nobody_from_a_fleet_without_other_traf
             ProxyBuilder::new().set("pool.probe.kind", "off").set("pool.balance.strategy", "round_robin"),
             |b, backend| b.backend(&backend.url()),
         ));
-        let poison = crate::support::client::chat_request_for("test-model", "poison", true);
+        let poison = client::chat_request_for("test-model", "poison", true);
         for _ in 0..10 {
             assert_eq!(http.send(proxy.addr, &poison).await.status, 500);
         }

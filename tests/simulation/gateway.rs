@@ -156,6 +156,7 @@ impl Gateway {
         &mut self,
         tried: &[usize],
         replayable: bool,
+        paid: bool,
         key: u64,
         now: Moment,
     ) -> Result<Choice, Nobody> {
@@ -178,7 +179,12 @@ impl Gateway {
         if let Some(i) = picked {
             return Ok(Choice::Ordinary(i));
         }
-        self.pick_suspect(tried, now).map_or_else(|| Err(self.nobody(tried, now)), |i| Ok(Choice::Suspect(i)))
+        let suspect = self.pick_suspect(tried, now);
+        let (budget, policy) = (&mut self.budget, &self.policies.retry);
+        match suspect.filter(|_| budget.withdraw_for_suspect(now, policy, paid)) {
+            Some(i) => Ok(Choice::Suspect(i)),
+            None => Err(self.nobody(tried, now)),
+        }
     }
 
     fn pick_suspect(&self, tried: &[usize], now: Moment) -> Option<usize> {

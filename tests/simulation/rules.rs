@@ -12,6 +12,8 @@ use std::time::Duration;
 const BUDGET_SECONDS: u64 = 10;
 const BURST_REFILL: f64 = 30.0;
 const BURST_MIN: u32 = 8;
+/// Attempts at suspects that may come at once.
+const SUSPECTS_AT_ONCE: f64 = 2.0;
 /// Attempts that sent nothing, beyond one for each backend.
 const UNSENT_REPEATS_MAX: u32 = 32;
 
@@ -23,6 +25,7 @@ pub(crate) struct Rules {
     requests: Vec<Moment>,
     retries: Vec<Moment>,
     bursts: Vec<Moment>,
+    suspects: Vec<Moment>,
     /// Attempts under way that are their backend's trial.
     trials: Vec<u32>,
     /// No attempt before, by its own stated wish.
@@ -40,6 +43,7 @@ impl Rules {
             requests: Vec::new(),
             retries: Vec::new(),
             bursts: Vec::new(),
+            suspects: Vec::new(),
             trials: vec![0; members],
             leave_alone_until: vec![Moment::ZERO; members],
             blameless: vec![true; members],
@@ -86,6 +90,28 @@ impl Rules {
         self.require(made <= most + 1e-6, "the budget is never exceeded in any window", || {
             format!("{grant:?}: {made} retries since {from:?}, {most} allowed")
         });
+    }
+
+    /// A suspect is asked; `owed`: the budget pays for it, because it was no retry that had been paid for.
+    pub(crate) fn asked_suspect(&mut self, policies: &Policies, owed: bool, now: Moment) {
+        if owed {
+            self.retried(policies, Some(Grant::Budget), 0, now);
+        }
+        self.suspects.push(now);
+        let policy = &policies.retry;
+        for n in 0..self.suspects.len() {
+            let (from, made) = (self.suspects[n], (self.suspects.len() - n) as f64);
+            let requests = self.requests.iter().filter(|at| **at >= from).count() as f64;
+            let flowed = policy.budget_ratio * requests + policy.budget_floor * now.since(from).as_secs_f64();
+            self.require(made <= flowed + SUSPECTS_AT_ONCE + 1e-6, "attempts at suspects are spread", || {
+                format!("{made} since {from:?}, {flowed} and {SUSPECTS_AT_ONCE} allowed")
+            });
+        }
+    }
+
+    /// The attempt at the suspect that was asked last, or before, sent nothing.
+    pub(crate) fn refunded(&mut self) {
+        self.retries.pop();
     }
 
     /// An attempt begins.

@@ -100,6 +100,8 @@ struct Attempt {
     fate: Fate,
     /// When the part of the stream began whose speed is measured next.
     stretch: Moment,
+    /// The budget paid for it because its backend is a suspect.
+    owed: bool,
 }
 
 struct Exchange {
@@ -114,6 +116,8 @@ struct Exchange {
     rounds: u32,
     fresh: bool,
     blamed: Option<usize>,
+    /// The latest failure was of a request that had been sent: the budget has paid for the next.
+    paid: bool,
     wait_until: Option<Moment>,
 }
 
@@ -402,6 +406,7 @@ impl World {
             rounds: 0,
             fresh: false,
             blamed: None,
+            paid: false,
             wait_until: None,
         });
         self.rules.count("exchange");
@@ -422,7 +427,8 @@ impl World {
     fn choose(&mut self, x: usize) {
         let replayable = self.replayable(x);
         let (tried, key) = (self.exchanges[x].tried.clone(), self.exchanges[x].key);
-        let nobody = match self.gateway.pick(&tried, replayable, key, self.now) {
+        let paid = self.exchanges[x].paid;
+        let nobody = match self.gateway.pick(&tried, replayable, paid, key, self.now) {
             Ok(choice) => return self.attempt(x, choice),
             Err(nobody) => nobody,
         };
@@ -501,7 +507,11 @@ impl World {
         let ailment = self.replicas[i].ailment;
         self.note(|| format!("x{x}: attempt at {choice:?}, which is {ailment:?}"));
         self.gateway.begin(i);
-        let attempt = Attempt { choice, began: self.now, fate, stretch: self.now };
+        let owed = matches!(choice, Choice::Suspect(_)) && !self.exchanges[x].paid;
+        if matches!(choice, Choice::Suspect(_)) {
+            self.rules.asked_suspect(&self.plan.policies, owed, self.now);
+        }
+        let attempt = Attempt { choice, began: self.now, fate, stretch: self.now, owed };
         self.exchanges[x].state = State::Attempting(attempt);
         let after = match fate {
             Fate::Ends { after, .. } => after,
@@ -565,6 +575,10 @@ impl World {
         self.exchanges[x].state = if relays { State::Relaying(attempt) } else { State::BackingOff };
         self.exchanges[x].epoch += 1;
         self.book(x, &facts);
+        if attempt.owed && !facts.sent {
+            self.gateway.budget.refund_suspect(self.now);
+            self.rules.refunded();
+        }
         if matches!(attempt.choice, Choice::Trial(_)) {
             self.rules.trial_over(i);
         }
@@ -590,6 +604,7 @@ impl World {
         let exchange = &mut self.exchanges[x];
         exchange.stale += u32::from(facts.is_stale_connection());
         exchange.history.add(facts);
+        exchange.paid = facts.sent && !facts.is_stale_connection();
         let (sent, unsent, stale) =
             (u32::from(exchange.history.sent), u32::from(exchange.history.unsent), exchange.stale);
         let members = exchange.history.members;

@@ -75,6 +75,18 @@ mod tests {
         }
     }
 
+    #[test]
+    fn weights_that_hardly_differ_take_exact_turns() {
+        for weights in [[0.01, 0.010_005], [100.0, 100.05]] {
+            let (fleet, cursor) = (Fleet::weighing(&weights), AtomicUsize::new(0));
+            let turns: Vec<_> = (0..8).map(|_| pick(&fleet, &cursor)).collect();
+            assert_eq!(turns, [0, 1, 0, 1, 0, 1, 0, 1].map(Some));
+        }
+        let (fleet, cursor) = (Fleet::weighing(&[0.01, 0.0101]), AtomicUsize::new(0));
+        let firsts = (0..10_000).filter(|_| pick(&fleet, &cursor) == Some(0)).count();
+        assert!((4960..4990).contains(&firsts), "a hundredth is kept: {firsts}");
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
         #[test]

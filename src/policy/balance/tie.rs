@@ -73,7 +73,7 @@ impl Lot {
 #[cfg(test)]
 mod tests {
     use super::super::testing::Fleet;
-    use super::better;
+    use super::{Lot, better};
 
     fn wins_of_first(fleet: &Fleet) -> usize {
         let mut rng = fastrand::Rng::with_seed(1);
@@ -105,5 +105,23 @@ mod tests {
     fn chance_goes_by_weight() {
         let fleet = Fleet::weighing(&[0.1, 0.9]);
         assert!((60..150).contains(&wins_of_first(&fleet)));
+    }
+
+    #[test]
+    fn a_weight_that_is_none_leaves_a_last_resort() {
+        let mut rng = fastrand::Rng::with_seed(6);
+        let mut wins = |weights: [f64; 2]| {
+            let first = (0..1000).filter(|_| {
+                let mut lot = Lot::default();
+                weights.iter().enumerate().for_each(|(i, &weight)| lot.offer(i, weight, &mut rng));
+                lot.kept() == Some(0)
+            });
+            first.count()
+        };
+        for none in [f64::INFINITY, f64::NAN, -1.0, 0.0] {
+            assert_eq!(wins([none, 1.0]), 0, "{none}");
+            assert!((400..600).contains(&wins([none, none])), "{none}: among equals chance decides");
+        }
+        assert!((650..850).contains(&wins([3.0, 1.0])));
     }
 }

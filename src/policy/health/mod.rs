@@ -46,6 +46,10 @@ const SETTLED: Duration = Duration::from_secs(60);
 /// lost it, and one lost trial must not keep a backend out for ever.
 const TRIAL_LOST: Duration = Duration::from_secs(600);
 
+/// So long after its ejection a backend takes any request for its trial. A minute: the longest ejection, by which a
+/// pool with other traffic has long tried it.
+const ANY_TRIAL_AFTER: Duration = Duration::from_secs(60);
+
 /// Below this success rate a backend is no witness against a request: of two that fail a tenth each by chance,
 /// one request in a hundred would be called at fault.
 const WITNESS_SUCCESS_RATE: f64 = 0.9;
@@ -450,6 +454,12 @@ impl Health {
             return None;
         }
         self.remove(policy, now, EjectReason::Slow { ratio }, peers, rng)
+    }
+
+    /// Whether it has been out for so long that its trial may be a request that must not be lost: where all requests
+    /// are such, it would never return.
+    pub fn takes_any_trial(&self, now: Moment) -> bool {
+        self.is_ejected() && now.since(self.out_since) >= ANY_TRIAL_AFTER
     }
 
     /// True for exactly one caller in probation, until an outcome is observed or the trial is abandoned.

@@ -174,6 +174,17 @@ fn a_model_is_judged_by_its_requests_alone() {
 }
 
 #[test]
+fn after_a_minute_any_request_may_be_the_trial() {
+    let mut bench = Bench::healthy();
+    assert!(!bench.health.takes_any_trial(bench.now + Duration::from_secs(3_600)), "it serves");
+    bench.observe_times(Observation::Fault, 3);
+    assert!(bench.out());
+    let ejected = bench.now;
+    assert!(!bench.health.takes_any_trial(ejected + Duration::from_secs(59)));
+    assert!(bench.health.takes_any_trial(ejected + Duration::from_secs(60)));
+}
+
+#[test]
 fn a_backend_that_fails_others_too_is_no_witness_against_a_request() {
     let serves = |bench: &Bench| bench.health.serves(bench.now, Moment::ZERO);
     let mut bench = Bench::healthy();

@@ -242,7 +242,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_left_is_a_share_of_the_requests_of_ten_seconds_and_the_floor() {
+    fn what_is_left_is_a_share_of_the_requests_of_ten_seconds_and_the_floor_but_a_reserve() {
         let (mut budget, policy) =
             (Budget::default(), RetryPolicy { budget_floor: 1.0, ..RetryPolicy::default() });
         // A tenth of the floor is kept for suspects.
