@@ -190,6 +190,8 @@ impl<'a> Asked<'a> {
                 let none = endpoint == Endpoint::ChatCompletions && value.as_u64() == Some(0);
                 (set && !none).then_some(Refused::Details)
             }
+            // Thoughts that the client is not shown are lost as well.
+            b"include_reasoning" => (value.as_bool() == Some(false)).then_some(Refused::Reasoning),
             b"return_token_ids" | b"echo" => is_true.then_some(Refused::Details),
             b"continue_final_message" | b"add_generation_prompt" => set.then_some(Refused::Prefilled),
             b"suffix" | b"prompt_embeds" | b"truncate_prompt_tokens" => set.then_some(Refused::Prompt),

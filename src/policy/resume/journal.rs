@@ -125,6 +125,8 @@ impl Journal {
         }
         self.details += self.frame.details;
         self.text_events = self.text_events.saturating_add(1);
+        // Events with usage are not remembered.
+        self.text_tokens = None;
         self.append(channel, inside, bytes_max);
         true
     }

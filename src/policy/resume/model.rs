@@ -113,7 +113,7 @@ pub(super) fn wire(answer: &Answer, voice: Voice) -> Vec<u8> {
                 let id = format!("call-{}-{index}", voice.leg);
                 let mut pieces = pieces(arguments, voice);
                 // Some say the name alone, some with the first arguments.
-                let first = if voice.leg % 2 == 0 { pieces.remove(0) } else { (String::new(), 1) };
+                let first = if voice.leg.is_multiple_of(2) { pieces.remove(0) } else { (String::new(), 1) };
                 deltas.push((
                     json!({"tool_calls": [{"index": index, "id": id, "type": "function",
                         "function": {"arguments": first.0, "name": name}}]}),
@@ -201,7 +201,7 @@ fn next(text: &str) -> Option<&'static str> {
     let mix = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01B3);
     let hash = text.bytes().fold(0xCBF2_9CE4_8422_2325, mix);
     let hash = (hash ^ (hash >> 29)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    if (hash >> 40) % 45 == 0 { None } else { Some(LETTERS[((hash >> 20) % 24) as usize]) }
+    if (hash >> 40).is_multiple_of(45) { None } else { Some(LETTERS[((hash >> 20) % 24) as usize]) }
 }
 
 /// What a replica of this skin does with a request, as far as the tests go.

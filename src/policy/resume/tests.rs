@@ -702,6 +702,7 @@ fn requests_that_an_engine_would_not_continue_truly_are_refused() {
         (r#","logprobs":true"#, Refused::Details),
         (r#","return_token_ids":true"#, Refused::Details),
         (r#","continue_final_message":true"#, Refused::Prefilled),
+        (r#","include_reasoning":false"#, Refused::Reasoning),
         (r#","truncate_prompt_tokens":100"#, Refused::Prompt),
         (r#","mirostat":2"#, Refused::Sampler),
         (r#","stop":"x","include_stop_str_in_output":true"#, Refused::Stop),
@@ -894,4 +895,67 @@ fn a_stream_may_be_continued_and_then_replayed() {
             stream.check(&uncut, &first[..first_cut], &format!("{first_cut} {second_cut}"));
         }
     }
+}
+
+#[test]
+fn thinking_under_two_names_is_cut_under_both() {
+    let both = |text: &str| event(&format!(r#"{{"reasoning":"{text}","reasoning_content":"{text}"}}"#));
+    let mut stream = Stream::chat(both("ab").as_bytes());
+    stream.replay((both("a") + &both("bc")).as_bytes()).unwrap();
+    let told = |name: &str| (name.to_owned(), "abc".to_owned());
+    assert_eq!(stream.view().texts, [told("reasoning_content"), told("reasoning")]);
+    // A client that reads one name would miss what comes under the other.
+    let mut stream = Stream::chat(both("ab").as_bytes());
+    assert_eq!(stream.replay(event(r#"{"reasoning":"abc"}"#).as_bytes()), Err(Abandon::Diverged));
+}
+
+/// A splice that was given these events holds this answer: one that says it is swallowed, any other is not.
+fn holds(given: &[String], text: &str) {
+    let mut stream = Stream::chat(given.concat().as_bytes());
+    stream.replay(event(&json!({"content": format!("{text}!")}).to_string()).as_bytes()).unwrap();
+    assert_eq!(stream.view().text(), format!("{text}!"));
+}
+
+#[test]
+fn an_event_read_quickly_says_what_it_says_read_slowly() {
+    let say = |text: &str| event(&json!({"content": text}).to_string());
+    for text in ["b", "a longer one", "é", "漢字", "\n", "\"", "\\", "a\u{1}b"] {
+        holds(&[say("a"), say(text), say("c")], &format!("a{text}c"));
+    }
+    // Two strings where one was.
+    holds(&[say("a"), event(r#"{"content":"b","refusal":null,"x":""}"#)], "ab");
+    let two = event(r#"{"content":"b","reasoning":"c"}"#);
+    let mut stream = Stream::chat((say("a") + &two).as_bytes());
+    stream.replay((say("a") + &two + &say("d")).as_bytes()).unwrap();
+    assert_eq!(stream.view().text(), "abdc");
+    // What is no string is not taken for one: the caller has it broken, and so is this.
+    let mut splice = Splice::arm(Endpoint::ChatCompletions, BODY, &ResumePolicy::default()).unwrap();
+    for data in [
+        br#"{"choices":[{"index":0,"delta":{"content":"a"}}]}"#.as_slice(),
+        br#"{"choices":[{"index":0,"delta":{"content":"a","b"}}]}"#,
+    ] {
+        splice.observe(data);
+    }
+    assert_eq!(splice.plan(None, BODY), Err(Refused::Unreadable));
+}
+
+#[test]
+fn a_count_that_is_out_of_date_is_not_used() {
+    let counted = |text: &str, count: u64| {
+        json!({"model": "m", "choices": [{"index": 0, "delta": {"content": text}}],
+            "usage": {"prompt_tokens": 7, "completion_tokens": count}})
+    };
+    let body = chat_body(r#","max_tokens":9"#);
+    let mut splice = Splice::arm(Endpoint::ChatCompletions, &body, &ResumePolicy::default()).unwrap();
+    splice.withdraw(Strategy::Replay);
+    let plain = br#"{"choices":[{"index":0,"delta":{"content":"a"}}]}"#;
+    splice.observe(plain);
+    splice.observe(counted("b", 2).to_string().as_bytes());
+    // Of a token without text: it will be generated again.
+    splice.observe(counted("", 3).to_string().as_bytes());
+    let plan = splice.plan(Some(Engine::Sglang), &body).unwrap();
+    let asked: Value = serde_json::from_slice(&plan.body.unwrap()).unwrap();
+    assert_eq!(asked["max_tokens"], 7);
+    splice.observe(plain);
+    assert_eq!(splice.plan(Some(Engine::Sglang), &body), Err(Refused::TokensUnknown));
 }
