@@ -218,6 +218,11 @@ impl EventRelay {
         if !first && !self.splice(raw) {
             return;
         }
+        if self.resume.as_ref().is_some_and(|resume| !first && resume.splice.is_done()) {
+            // The client has it all; what the leg may still say is for nobody.
+            self.body = None;
+            return self.serving.complete();
+        }
         if let Some(fault) = fed.broken {
             self.broke(fault.cause);
         }
@@ -276,7 +281,10 @@ impl EventRelay {
     /// What the search for another leg came to.
     fn poll_next_leg(&mut self, cx: &mut Context<'_>, cause: Cause) -> Poll<()> {
         let Self { resume, serving, .. } = self;
-        let Some(resume) = resume else { return Poll::Ready(self.end_with_error(cause)) };
+        let Some(resume) = resume else {
+            self.end_with_error(cause);
+            return Poll::Ready(());
+        };
         let Poll::Ready(next) = resume.poll_search(cx, |entry| serving.ledger.attempt(entry)) else {
             return Poll::Pending;
         };
