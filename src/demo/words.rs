@@ -171,6 +171,7 @@ pub(super) fn event(event: &EventRecord) -> Option<String> {
             format!("{}; no requests go there", text.replace(" (time 1 in a row)", ""))
         }
         ("backend_transition", Some("trial_failed")) => format!("{text}; no requests go there"),
+        ("stream_resumed", _) => text.to_owned(),
         ("backend_transition", Some("readmitted")) => format!("{text}: its share of the requests grows"),
         ("backend_transition", _) => text.to_owned(),
         _ if event.severity != Severity::Info => text.to_owned(),
@@ -325,8 +326,8 @@ pub(super) fn verdict(verdict: &Verdict) -> String {
     }
     if tally.cut > 0 {
         text += "\nThose streams had already said something when their replica died or froze, so\n\
-                 they could not be started again unseen. Continuing them on another replica is\n\
-                 not built yet: until then a client gets a clear error, never a silent end.\n";
+                 could not be started again unseen, and no other replica went on with them in\n\
+                 time. A client gets a clear error then, never a silent end.\n";
     }
     text
 }
@@ -458,9 +459,9 @@ mod tests {
         let text = verdict(&verdict_of(tally(2, 0)));
         assert!(text.contains("after 18.0 s, 1 kill and 2 freezes: no request failed."), "{text}");
         assert!(text.contains("       2  streams cut in the middle"), "{text}");
-        assert!(text.contains("not built yet"), "{text}");
+        assert!(text.contains("a clear error"), "{text}");
         let text = verdict(&verdict_of(tally(0, 0)));
-        assert!(!text.contains("not built yet"), "{text}");
+        assert!(!text.contains("a clear error"), "{text}");
         let text = verdict(&verdict_of(Tally { told: vec!["failed: status 502".to_owned()], ..tally(0, 1) }));
         assert!(text.contains("REQUESTS FAILED") && text.contains("failed: status 502"), "{text}");
     }

@@ -157,7 +157,7 @@ impl Pool {
         self.members[i].backend.whole().read(|health| health.steady(clock::now()))
     }
 
-    /// Whether [`Backend::want_verify`] brings a [`Verified`](crate::pool::Verified): whether a probe asks the
+    /// Whether [`Backend::want_verify`] brings a [`Verified`](crate::policy::progress::Verified): whether a probe asks the
     /// engine something. A connection proves nothing, for the kernel accepts it on behalf of a frozen process.
     pub fn can_verify(&self, i: usize) -> bool {
         debug_assert!(i < self.members.len());
