@@ -135,16 +135,6 @@ impl Standstill {
     }
 }
 
-impl Proof {
-    /// The word for events.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Unanswered => "unanswered",
-            Self::Outrun => "outrun",
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -266,6 +256,22 @@ mod tests {
         assert!(look(&after, 1_010, &lively(6_000), 6_000).unwrap().outrun);
         // Nor does young work excuse what came before it.
         assert!(look(&[waiting(0), waiting(10), waiting(2_000)], 0, &lively(2_100), 2_100).unwrap().outrun);
+    }
+
+    #[test]
+    fn streams_are_outrun_by_peers_that_move_now_and_moved_long_after_they_fell_silent() {
+        let silent = [stream(1_000), stream(1_010)];
+        let outrun = |moved: u64, now: u64| {
+            let peers = Peers { moved: Some(at(moved)), ..Peers::default() };
+            look(&silent, 1_010, &peers, now).unwrap().outrun
+        };
+        assert!(outrun(2_900, 3_000));
+        // The last token before all fell silent is none.
+        assert!(!outrun(1_990, 2_500));
+        assert!(outrun(2_000, 2_500), "a whole gap behind it");
+        // Nor is a peer that has fallen silent since.
+        assert!(outrun(2_500, 3_499));
+        assert!(!outrun(2_500, 3_500));
     }
 
     #[test]
