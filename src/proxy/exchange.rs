@@ -528,13 +528,18 @@ impl Exchange {
         started: Moment,
         told: bool,
     ) -> (Box<response::Parts>, Serving, Option<OnUpgrade>) {
-        self.ledger.answered(head.status);
-        head.headers.insert(X_REQUEST_ID, self.ledger.id.clone());
-        served_by(&mut head.headers, self.leg.named());
+        self.name_head(&mut head);
         let own_credentials = choice.member().params.own_credentials;
         let turn = self.turn;
         let serving = Serving { choice, ledger: self.ledger, watch, started, own_credentials, told, turn };
         (head, serving, self.switch)
+    }
+
+    /// The head is about to go out, under the exchange's names.
+    fn name_head(&mut self, head: &mut response::Parts) {
+        self.ledger.answered(head.status);
+        head.headers.insert(X_REQUEST_ID, self.ledger.id.clone());
+        served_by(&mut head.headers, self.leg.named());
     }
 
     /// As [`serve`](Self::serve), and keeps of the request what going on with a broken stream takes.
@@ -546,9 +551,7 @@ impl Exchange {
         started: Moment,
         told: bool,
     ) -> (Box<response::Parts>, Serving, Option<Box<Resumer>>) {
-        self.ledger.answered(head.status);
-        head.headers.insert(X_REQUEST_ID, self.ledger.id.clone());
-        served_by(&mut head.headers, self.leg.named());
+        self.name_head(&mut head);
         let own_credentials = choice.member().params.own_credentials;
         let may_run_twice = self.is_replayable();
         let Self { worker, asked, body, leg, ledger, turn, .. } = *self;
