@@ -50,6 +50,26 @@ struct Routed {
     refusal: Option<Refusal>,
 }
 
+/// What is left of an exchange whose answer has begun.
+struct Rest {
+    worker: Arc<Worker>,
+    asked: Asked,
+    body: ReplayBody,
+    leg: Leg,
+    inquest: Inquest,
+    switch: Option<OnUpgrade>,
+    may_run_twice: bool,
+}
+
+impl Rest {
+    /// What going on with a broken stream takes; none where it cannot be.
+    fn resumer(self) -> Option<Box<Resumer>> {
+        let Self { worker, asked, body, leg, inquest, .. } = self;
+        let sent = leg.body.clone().or_else(|| body.bytes().cloned()).filter(|_| self.may_run_twice)?;
+        Resumer::arm(&worker, asked, leg, sent, body, inquest)
+    }
+}
+
 /// An exchange from its routing to its answer. Boxed from the start: it is moved often, and is large.
 pub(super) struct Exchange {
     pub(super) worker: Arc<Worker>,
@@ -509,17 +529,19 @@ impl Exchange {
                 let silence =
                     Silence { inter_token: clocks.inter_token, max: clocks.silence_max, since: clock::now() };
                 let words = (self.asked.endpoint, self.asked.dialect);
-                let (head, serving, resume) = self.serve_stream(head, choice, watch, outcome.started, taught);
+                let (head, serving, rest) = self.serve(head, choice, watch, outcome.started, taught);
+                let resume = rest.resumer();
                 let relay = EventRelay::new(ahead, body, stream, serving, words, silence, resume);
                 Response::from_parts(*head, AnswerBody::events(relay))
             }
             Some(Answer::Switched { head, upgraded, body }) => {
-                let (head, serving, switch) = self.serve(head, choice, watch, outcome.started, taught);
-                tunnel::start(*head, switch, upgraded, body, serving)
+                let (head, serving, rest) = self.serve(head, choice, watch, outcome.started, taught);
+                tunnel::start(*head, rest.switch, upgraded, body, serving)
             }
         }
     }
 
+    /// The answer begins: what accompanies it to its end, and what is left of the exchange.
     fn serve(
         mut self: Box<Self>,
         mut head: Box<response::Parts>,
@@ -527,38 +549,15 @@ impl Exchange {
         watch: Watch,
         started: Moment,
         told: bool,
-    ) -> (Box<response::Parts>, Serving, Option<OnUpgrade>) {
-        self.name_head(&mut head);
-        let own_credentials = choice.member().params.own_credentials;
-        let turn = self.turn;
-        let serving = Serving { choice, ledger: self.ledger, watch, started, own_credentials, told, turn };
-        (head, serving, self.switch)
-    }
-
-    /// The head is about to go out, under the exchange's names.
-    fn name_head(&mut self, head: &mut response::Parts) {
+    ) -> (Box<response::Parts>, Serving, Rest) {
         self.ledger.answered(head.status);
         head.headers.insert(X_REQUEST_ID, self.ledger.id.clone());
         served_by(&mut head.headers, self.leg.named());
-    }
-
-    /// As [`serve`](Self::serve), and keeps of the request what going on with a broken stream takes.
-    fn serve_stream(
-        mut self: Box<Self>,
-        mut head: Box<response::Parts>,
-        choice: Choice,
-        watch: Watch,
-        started: Moment,
-        told: bool,
-    ) -> (Box<response::Parts>, Serving, Option<Box<Resumer>>) {
-        self.name_head(&mut head);
-        let own_credentials = choice.member().params.own_credentials;
         let may_run_twice = self.is_replayable();
-        let Self { worker, asked, body, leg, ledger, turn, .. } = *self;
-        let sent = leg.body.clone().or_else(|| body.bytes().cloned()).filter(|_| may_run_twice);
-        let resume = sent.and_then(|sent| Resumer::arm(&worker, asked, leg, sent));
+        let own_credentials = choice.member().params.own_credentials;
+        let Self { worker, asked, body, leg, ledger, turn, inquest, switch, .. } = *self;
         let serving = Serving { choice, ledger, watch, started, own_credentials, told, turn };
-        (head, serving, resume)
+        (head, serving, Rest { worker, asked, body, leg, inquest, switch, may_run_twice })
     }
 
     fn whole(

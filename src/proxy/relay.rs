@@ -176,7 +176,7 @@ impl Serving {
     }
 
     /// The backend broke its answer off: its judge and the ledger are told.
-    pub(super) fn leave(&mut self, phase: Phase, cause: Cause) {
+    pub(super) fn leave(&mut self, phase: Phase, cause: Cause) -> Facts {
         if cause.lost_connection() {
             self.choice.lost_connection();
         }
@@ -197,6 +197,7 @@ impl Serving {
             Verdict::Cancelled => (AttemptOutcome::Cancelled, Observation::Neutral),
         };
         self.tell(outcome, observation, cause.name(), phase.name());
+        facts
     }
 
     /// This leg is given up, and nothing is to be learned from it.

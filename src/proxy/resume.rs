@@ -16,16 +16,20 @@ use smallvec::SmallVec;
 use crate::clock;
 use crate::policy::dialect::ErrorClass;
 use crate::policy::health::Observation;
-use crate::policy::resume::{Plan, Splice};
-use crate::policy::retry::{Cause, Phase, Verdict, verdict};
+use crate::policy::poison;
+use crate::policy::resume::{Plan, Refused, Splice};
+use crate::policy::retry::{Cause, Facts, Phase, Verdict, verdict};
 use crate::pool::{About, BackendId, Choice, Wanted};
 use crate::proxy::admit::Asked;
 use crate::proxy::attempt::{Answer, Attempt, Outcome};
 use crate::proxy::hedge::Tried;
+use crate::proxy::inquest::Inquest;
 use crate::proxy::ledger::Entry;
 use crate::proxy::leg::Leg;
+use crate::proxy::replay_body::ReplayBody;
 use crate::proxy::watch::Watch;
 use crate::proxy::worker::{Held, Worker};
+use crate::telemetry::events::RequestKills;
 use crate::telemetry::metrics::AttemptOutcome;
 use crate::upstream::{OutBody, Want};
 
@@ -35,6 +39,9 @@ const LIVELY: Duration = Duration::from_secs(2);
 /// Between two looks for a backend, while none can take the stream.
 const LOOK: Duration = Duration::from_millis(50);
 
+/// Searches for one stream, whatever they come to: a request that breaks five legs is not worth a sixth.
+const SEARCHES_MAX: u32 = 4;
+
 /// What is needed to go on with one stream.
 pub(super) struct Resumer {
     /// What the client has, over all legs.
@@ -42,7 +49,8 @@ pub(super) struct Resumer {
     request: Arc<Request>,
     /// Backends that broke it.
     broke: SmallVec<[BackendId; 4]>,
-    /// The first search draws on the allowance of a lost replica.
+    /// Whether its replicas died of it; away while a search looks.
+    inquest: Inquest,
     searches: u32,
     /// The journal's share of the memory bound.
     held: Held,
@@ -56,16 +64,28 @@ struct Request {
     asked: Asked,
     leg: Leg,
     body: Bytes,
+    /// Its share of the memory bound.
+    _kept: ReplayBody,
 }
 
 /// What came of a search.
 struct Found {
+    inquest: Inquest,
+    /// The request kills replicas: no other is to have it.
+    kills: bool,
     /// A stream whose first token is here.
     leg: Option<Box<Tried>>,
     /// Attempts that came to nothing, as they are written down.
     failed: SmallVec<[Entry; 2]>,
     /// The engine refused what was made of its request.
     refused: bool,
+}
+
+/// What a search begins with.
+struct Looked {
+    inquest: Inquest,
+    /// A second backend may have died of the request: look before a third has it.
+    suspicious: bool,
 }
 
 /// How the relay goes on.
@@ -80,12 +100,20 @@ pub(super) enum Next {
 
 impl Resumer {
     /// For a stream that is about to begin; none where it cannot be resumed, which is counted.
-    pub(super) fn arm(worker: &Arc<Worker>, asked: Asked, leg: Leg, body: Bytes) -> Option<Box<Self>> {
+    pub(super) fn arm(
+        worker: &Arc<Worker>,
+        asked: Asked,
+        leg: Leg,
+        body: Bytes,
+        kept: ReplayBody,
+        inquest: Inquest,
+    ) -> Option<Box<Self>> {
         match Splice::arm(asked.endpoint, &body, &leg.pool.config.resume) {
             Ok(splice) => Some(Box::new(Self {
                 splice,
-                request: Arc::new(Request { worker: worker.clone(), asked, leg, body }),
+                request: Arc::new(Request { worker: worker.clone(), asked, leg, body, _kept: kept }),
                 broke: SmallVec::new(),
+                inquest,
                 searches: 0,
                 held: Held::default(),
                 plan: None,
@@ -106,13 +134,24 @@ impl Resumer {
         grown == 0 || self.held.grow(&self.request.worker.memory, grown, self.request.asked.limits.memory_max)
     }
 
-    /// A leg at `broken` broke off for `cause`: begins to search for another.
+    /// The leg at `broken` broke off for `cause`, with these facts where it is its backend's doing: begins to search
+    /// for another. So many `attempts` were made before.
     ///
     /// # Errors
     /// Why not.
-    pub(super) fn search(&mut self, cause: Cause, broken: BackendId) -> Result<(), &'static str> {
+    pub(super) fn search(
+        &mut self,
+        cause: Cause,
+        broken: &Choice,
+        facts: Option<&Facts>,
+        attempts: u8,
+    ) -> Result<(), &'static str> {
+        let suspicious = facts.is_some_and(|facts| self.inquest.opens(broken, facts));
         if !is_the_backends(cause) {
             return Err("not_the_backends");
+        }
+        if self.searches >= SEARCHES_MAX {
+            return Err(Refused::ResumesExhausted.name());
         }
         let Request { leg, body, .. } = &*self.request;
         let engine = leg.pool.config.probe.page.preset;
@@ -121,8 +160,10 @@ impl Resumer {
             return Err("budget");
         }
         self.searches += 1;
-        self.broke.push(broken);
-        let search = search(self.request.clone(), plan.clone(), self.broke.clone());
+        self.broke.push(broken.backend().id);
+        let looked = Looked { inquest: std::mem::take(&mut self.inquest), suspicious };
+        let before = (self.broke.clone(), u32::from(attempts));
+        let search = search(self.request.clone(), plan.clone(), looked, before);
         self.search = Some(Box::pin(search));
         self.plan = Some(plan);
         Ok(())
@@ -135,6 +176,11 @@ impl Resumer {
         };
         let Poll::Ready(found) = search.as_mut().poll(cx) else { return Poll::Pending };
         self.search = None;
+        self.inquest = found.inquest;
+        if found.kills {
+            self.tell_killer();
+            return Poll::Ready(Next::End("request_kills_backends"));
+        }
         found.failed.into_iter().for_each(write);
         Poll::Ready(match found.leg {
             Some(leg) => {
@@ -147,6 +193,21 @@ impl Resumer {
             }
             None => Next::End("no_backend"),
         })
+    }
+
+    /// It is remembered, and kept apart when it comes again.
+    fn tell_killer(&self) {
+        let Request { worker, asked, leg, body, .. } = &*self.request;
+        let fingerprint = poison::fingerprint(leg.path.as_str(), body);
+        for pool in self.inquest.pools().chain([&leg.pool]) {
+            pool.state.ward.remember(fingerprint);
+        }
+        RequestKills {
+            at: &leg.pool.state.metrics,
+            request_id: asked.id.to_str().unwrap_or_default(),
+            backends: &self.inquest.backends(),
+        }
+        .emit(worker.telemetry());
     }
 
     /// The leg under way is of no use.
@@ -175,8 +236,17 @@ fn is_the_backends(cause: Cause) -> bool {
 }
 
 /// Asks one backend after the other until one speaks.
-async fn search(request: Arc<Request>, plan: Plan, broke: SmallVec<[BackendId; 4]>) -> Found {
-    let mut found = Found { leg: None, failed: SmallVec::new(), refused: false };
+async fn search(
+    request: Arc<Request>,
+    plan: Plan,
+    Looked { inquest, suspicious }: Looked,
+    (broke, attempts): (SmallVec<[BackendId; 4]>, u32),
+) -> Found {
+    let kills = suspicious && inquest.blames(&request.worker).await;
+    let mut found = Found { inquest, kills, leg: None, failed: SmallVec::new(), refused: false };
+    if kills {
+        return found;
+    }
     let mut leg = request.leg.clone();
     if let Some(path) = plan.path.and_then(|path| path.parse().ok()) {
         leg.path = path;
@@ -192,7 +262,7 @@ async fn search(request: Arc<Request>, plan: Plan, broke: SmallVec<[BackendId; 4
             asked: &request.asked,
             leg: &leg,
             choice: &choice,
-            number: number + 1,
+            number: attempts + number,
             want: Want::Any,
             movable: true,
             watch: &mut watch,
@@ -208,6 +278,10 @@ async fn search(request: Arc<Request>, plan: Plan, broke: SmallVec<[BackendId; 4
         let judged = verdict(&outcome.facts);
         let speaks = matches!(outcome.answer, Some(Answer::Tokens { .. }));
         teach(&request, &choice, &outcome, judged);
+        if found.inquest.opens(&choice, &outcome.facts) && found.inquest.blames(&request.worker).await {
+            found.kills = true;
+            break;
+        }
         if judged == Verdict::Success && speaks {
             found.leg = Some(Box::new(Tried { choice, outcome, watch }));
             break;

@@ -18,7 +18,7 @@ use crate::clock;
 use crate::policy::Moment;
 use crate::policy::dialect::{Dialect, Endpoint};
 use crate::policy::health::Standing;
-use crate::policy::retry::{Cause, Phase};
+use crate::policy::retry::{Cause, Facts, Phase};
 use crate::pool::Backend;
 use crate::proxy::attempt::{Answer, Outcome, cut};
 use crate::proxy::hedge::Tried;
@@ -152,13 +152,15 @@ impl EventRelay {
     /// Events that came before the gate are the client's, too.
     fn note_ahead(&mut self) {
         let Some(resume) = &mut self.resume else { return };
-        let mut decoder = Decoder::new(usize::MAX);
+        let (mut decoder, mut room) = (Decoder::new(usize::MAX), true);
         for chunk in &self.ahead {
+            // The gate holds whole events, and no more of them than it may.
             let _ = decoder.feed(chunk, |event| {
-                resume.observe(event.data);
+                room &= resume.observe(event.data);
                 ControlFlow::Continue(())
             });
         }
+        self.resume = self.resume.take().filter(|_| room);
     }
 
     /// The next bytes; `None` is the end.
@@ -255,7 +257,11 @@ impl EventRelay {
         if let Some(resume) = &mut self.resume {
             resume.abandon();
         }
-        self.go_on_or_end(Cause::InvalidEvent, why.name());
+        // What the client is told is what broke the leg before; a leg that spoke has broken by itself.
+        if self.spliced.as_ref().is_some_and(|spliced| spliced.spoke) {
+            (self.gap_since, self.gap_cause) = (self.clocks.since, Cause::InvalidEvent);
+        }
+        self.go_on_or_end(self.gap_cause, None);
         false
     }
 
@@ -290,8 +296,8 @@ impl EventRelay {
         };
         self.broken = None;
         match next {
-            Next::Leg(tried) => self.take_leg(*tried),
-            Next::OtherWay => self.go_on_or_end(cause, "engine_refused"),
+            Next::Leg(tried) => self.take_leg(*tried, cause),
+            Next::OtherWay => self.go_on_or_end(cause, None),
             Next::End(why) => {
                 self.serving.choice.pool.state.metrics.count_resume(why);
                 self.end_with_error(cause);
@@ -301,10 +307,12 @@ impl EventRelay {
     }
 
     /// Another backend speaks.
-    fn take_leg(&mut self, tried: Tried) {
+    fn take_leg(&mut self, tried: Tried, cause: Cause) {
         let Tried { choice, outcome, watch } = tried;
         let Outcome { facts, answer, first_byte, started } = *outcome;
-        let Some(Answer::Tokens { ahead, stream, body, .. }) = answer else { return };
+        let Some(Answer::Tokens { ahead, stream, body, .. }) = answer else {
+            return self.end_with_error(cause);
+        };
         self.serving.ledger.attempt(Entry {
             backend: choice.backend().clone(),
             role: resume::ROLE,
@@ -328,18 +336,13 @@ impl EventRelay {
     }
 
     /// A leg has broken for `cause`: another one, or the error.
-    fn go_on_or_end(&mut self, cause: Cause, why: &'static str) {
-        let broken = self.serving.choice.backend().id;
-        let searched = match &mut self.resume {
-            Some(resume) => resume.search(cause, broken),
-            None => Err(why),
-        };
-        match searched {
+    fn go_on_or_end(&mut self, cause: Cause, facts: Option<&Facts>) {
+        let Some(resume) = &mut self.resume else { return self.end_with_error(cause) };
+        let Serving { choice, ledger, .. } = &self.serving;
+        match resume.search(cause, choice, facts, ledger.attempts()) {
             Ok(()) => self.broken = Some(cause),
             Err(refused) => {
-                if self.resume.is_some() {
-                    self.serving.choice.pool.state.metrics.count_resume(refused);
-                }
+                choice.pool.state.metrics.count_resume(refused);
                 self.end_with_error(cause);
             }
         }
@@ -434,8 +437,8 @@ impl EventRelay {
         };
         if !whole {
             (self.gap_since, self.gap_cause) = (self.clocks.since, cause);
-            self.serving.leave(Phase::Stream, cause);
-            return self.go_on_or_end(cause, cause.name());
+            let facts = self.serving.leave(Phase::Stream, cause);
+            return self.go_on_or_end(cause, Some(&facts));
         }
         match &self.spliced {
             None => self.ahead.push_back(self.stream.complete_locally()),

@@ -187,3 +187,27 @@ async fn a_reset_is_no_death() {
     assert!(!is_armed(&proxy));
     proxy.is_quiet().await;
 }
+
+#[tokio::test]
+async fn a_request_that_kills_behind_its_first_token_costs_two_replicas_too() {
+    let mut backends = Vec::new();
+    for _ in 0..5 {
+        let dies = |request: &RequestSeen| {
+            if !is_poison(request) {
+                return reply::healthy(request, &Talk::default());
+            }
+            // What was said arrives before the death behind it.
+            let said = reply::sse_open(&Talk::default().chat_events(false)[..4]);
+            [said, vec![Step::Delay(Duration::from_millis(30)), Step::Die]].concat()
+        };
+        backends.push(Backend::start(Script::new().by_request(dies)).await);
+    }
+    let proxy = Proxy::start(&pool_of(&backends));
+    proxy.probed().await;
+    let answer = Http::One.send(proxy.addr, &poison()).await;
+    assert_eq!(answer.text().matches("\"error\"").count(), 1, "{}", answer.text());
+    assert!(!answer.text().contains("[DONE]"), "{}", answer.text());
+    assert_eq!(touched(&backends), 2);
+    assert!(is_armed(&proxy));
+    assert_is_the_stream(&Http::One.send(proxy.addr, &chat_request(true)).await);
+}
