@@ -142,8 +142,13 @@ async fn f19_a_stream_of_a_frozen_replica_goes_on_elsewhere() {
             })
         })
         .collect();
-    eventually(PATIENCE, || frozen.requests().len() == 1 && alive.requests().len() == 1).await;
-    tokio::time::sleep(Duration::from_millis(600)).await;
+    // Both are past their commit point: their clients have tokens.
+    let first_tokens = |backend: &Backend| {
+        let text = proxy.telemetry.metrics.render();
+        let of = format!("evergate_first_token_seconds_count{{backend=\"{}\"", backend.addr());
+        text.lines().any(|line| line.starts_with(&of) && line.ends_with(" 1"))
+    };
+    eventually(PATIENCE, || first_tokens(&frozen) && first_tokens(&alive)).await;
     frozen.pause();
     for answer in asked {
         let answer = answer.await.unwrap();
