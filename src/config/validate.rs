@@ -29,7 +29,7 @@ use crate::policy::fallback::{FALLBACKS_MAX, Fallback, FallbackCause};
 use crate::policy::health::HealthPolicy;
 use crate::policy::outlier::OutlierPolicy;
 use crate::policy::progress::ProgressPolicy;
-use crate::policy::resume::{ResumeMode, ResumePolicy};
+use crate::policy::resume::{RequestIds, ResumeMode, ResumePolicy};
 use crate::policy::retry::{Replay, RetryPolicy};
 use crate::policy::route::Route;
 
@@ -879,6 +879,11 @@ fn resume(table: &Table<'_>) -> ResumePolicy {
     let default = ResumePolicy::default();
     let resume = ResumePolicy {
         mode: table.choice("mode", default.mode, &ResumeMode::ALL.map(|mode| (mode.name(), mode))),
+        request_ids: table.choice(
+            "request_ids",
+            default.request_ids,
+            &RequestIds::ALL.map(|when| (when.name(), when)),
+        ),
         resumes_max: table.integer("resumes_max", default.resumes_max, 1..=10),
         replay_tokens_max: table.integer("replay_tokens_max", default.replay_tokens_max, 0..=1_000_000),
         journal_bytes_max: table.size(

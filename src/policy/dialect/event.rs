@@ -6,8 +6,9 @@
 use std::fmt;
 
 use super::error::classify_error_body;
+use super::frame::Frame;
 use super::{Endpoint, ErrorClass, anthropic, kserve, native, ollama, openai};
-use crate::policy::json::{JsonError, JsonErrorKind, Kind, Reader, Value, string_end};
+use crate::policy::json::{JsonError, JsonErrorKind, Kind, Reader, Value};
 use crate::sse::Event;
 
 /// Why a choice ended.
@@ -138,6 +139,8 @@ pub struct EventFacts {
     pub meaningful: bool,
     /// Where its token stands, when it carries one piece of text and nothing else.
     pub text: Option<Text>,
+    /// Between the brackets of the list of token ids, where it has one.
+    pub ids: Option<(usize, usize)>,
     /// The worst end of a choice in this event; see `finished` for which of them are good.
     pub finish: Option<Finish>,
     /// Choices it speaks of.
@@ -228,18 +231,18 @@ pub fn read_event(endpoint: Endpoint, event: &Event<'_>) -> Result<EventFacts, I
 #[derive(Clone, Debug)]
 pub struct EventReader {
     endpoint: Endpoint,
-    last: Vec<u8>,
-    /// Of `last`; its `text` is `Some` unless `last` is empty.
+    frame: Frame,
+    /// Of the event in `frame`; its `text` is `Some` unless that is empty.
     facts: EventFacts,
 }
 
-/// Larger events are not remembered: with logprobs or token ids no two are alike.
+/// Larger events are not remembered: with logprobs no two are alike.
 const REMEMBERED_BYTES_MAX: usize = 2048;
 
 impl EventReader {
     /// For a stream that answers a request to `endpoint`.
     pub fn new(endpoint: Endpoint) -> Self {
-        Self { endpoint, last: Vec::new(), facts: EventFacts::default() }
+        Self { endpoint, frame: Frame::default(), facts: EventFacts::default() }
     }
 
     /// What [`read_event`] says.
@@ -248,34 +251,25 @@ impl EventReader {
             return Ok(facts);
         }
         let facts = read_event(self.endpoint, event)?;
-        // The class of an error may depend on its words; nothing else does on the text.
-        let rememberable = facts.text.is_some() && facts.error.is_none();
-        if rememberable && event.data.len() <= REMEMBERED_BYTES_MAX {
-            self.last.clear();
-            self.last.extend_from_slice(event.data);
+        // The class of an error may depend on its words; nothing else does on the text or the ids.
+        if let Some(text) = facts.text.filter(|_| facts.error.is_none())
+            && event.data.len() <= REMEMBERED_BYTES_MAX
+        {
+            self.frame.set(event.data, text.start..text.end, facts.ids.map(|(start, end)| start..end));
             self.facts = facts;
         }
         Ok(facts)
     }
 
     fn recognise(&self, event: &Event<'_>) -> Option<EventFacts> {
-        let text = self.facts.text?;
-        // The quotes belong to the frame around the hole.
-        let (before, after) = (&self.last[..text.start], &self.last[text.end..]);
-        let data = event.data;
-        if event.error_field.is_some()
-            || event.name == Some(b"error")
-            || data.len() <= before.len() + after.len()
-            || !data.starts_with(before)
-            || !data.ends_with(after)
-        {
+        if event.error_field.is_some() || event.name == Some(b"error") {
             return None;
         }
-        let end = data.len() - after.len();
-        if string_end(data, text.start - 1) != Ok(end + 1) {
-            return None;
-        }
-        Some(EventFacts { text: Some(Text { end, ..text }), ..self.facts })
+        let filled = self.frame.fit(event.data)?;
+        let text =
+            self.facts.text.map(|text| Text { start: filled.text.start, end: filled.text.end, ..text });
+        let ids = filled.ids.map(|ids| (ids.start, ids.end));
+        Some(EventFacts { text, ids, ..self.facts })
     }
 }
 

@@ -20,6 +20,7 @@ mod endpoint;
 mod engine;
 mod error;
 mod event;
+mod frame;
 mod grpc;
 mod kserve;
 mod native;
@@ -39,6 +40,7 @@ pub use error::{
 pub use event::{
     Choices, EventFacts, EventReader, Finish, InvalidEvent, StreamProgress, Text, TextKind, read_event,
 };
+pub(in crate::policy) use frame::{Frame, read_ids};
 pub use grpc::{grpc_class, grpc_message, grpc_status};
 pub use question::{BadReply, Question, check_reply};
 pub use rejection::{Rejection, error_body, error_event};

@@ -51,6 +51,7 @@ fn read_choice(reader: &mut Reader<'_>, facts: &mut EventFacts) -> Result<(), Js
             b"delta" | b"message" => read_delta(reader, facts)?,
             b"text" => facts.say(reader.value()?, TextKind::Content),
             b"finish_reason" => finish = Finish::of_value(reader.value()?),
+            b"token_ids" => facts.ids = list(reader.value()?),
             _ => reader.pass()?,
         }
         Ok(())
@@ -60,6 +61,12 @@ fn read_choice(reader: &mut Reader<'_>, facts: &mut EventFacts) -> Result<(), Js
         facts.finish_choice(index, finish);
     }
     Ok(())
+}
+
+/// Between the brackets of a list.
+fn list(value: Value<'_>) -> Option<(usize, usize)> {
+    let span = value.span();
+    (value.kind() == Kind::Array).then_some((span.start + 1, span.end - 1))
 }
 
 /// Reads a delta. Every member but the role says something, known or not: engines keep adding some

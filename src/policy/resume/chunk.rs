@@ -66,8 +66,12 @@ pub(super) struct Chunk<'a> {
     pub(super) said: SmallVec<[Said<'a>; 2]>,
     pub(super) calls: SmallVec<[Call<'a>; 1]>,
     pub(super) finish: Option<Finish>,
-    /// Tokens it details, by log probabilities or ids: what cannot be cut where the text is.
+    /// Tokens whose log probabilities it tells: what cannot be cut where the text is.
     pub(super) details: u64,
+    /// The list of its tokens' ids; `null` is none.
+    pub(super) ids: Option<Value<'a>>,
+    /// Ids of the prompt, as one or two engines write them into a stream's first chunk.
+    pub(super) prompt_ids: Option<Value<'a>>,
     /// It says something that is not understood here.
     pub(super) unknown: bool,
 }
@@ -84,6 +88,7 @@ impl<'a> Chunk<'a> {
                 b"model" => chunk.model = Some(reader.value()?),
                 b"system_fingerprint" => chunk.fingerprint = present(reader.value()?),
                 b"usage" => chunk.usage = present(reader.value()?),
+                b"prompt_token_ids" => chunk.prompt_ids = list(reader.value()?).or(chunk.prompt_ids),
                 b"error" => chunk.error |= !reader.value()?.is_blank(),
                 // vLLM before 2025.
                 b"object" => chunk.error |= reader.value()?.raw() == b"\"error\"",
@@ -106,27 +111,25 @@ impl<'a> Chunk<'a> {
     }
 
     fn read_choice(&mut self, reader: &mut Reader<'a>) -> Result<(), JsonError> {
-        let mut ids = 0;
-        let mut probabilities = 0;
         let other = reader.object(|reader, name| {
             match name {
                 b"index" => self.index = self.index.max(reader.value()?.as_u64().unwrap_or(0)),
                 b"delta" => self.read_delta(reader)?,
                 b"text" => self.say(Channel::Content, reader.value()?, 0),
                 b"finish_reason" => self.finish = Finish::of_value(reader.value()?),
-                b"token_ids" => ids = len(reader.value()?),
+                b"token_ids" => self.ids = list(reader.value()?).or(self.ids),
+                b"prompt_token_ids" => self.prompt_ids = list(reader.value()?).or(self.prompt_ids),
                 b"logprobs" => {
                     let value = reader.value()?;
                     let list = |name| value.get(name).map_or(0, len);
                     // Of chat; of completions.
-                    probabilities = list("content").max(list("tokens"));
+                    self.details += list("content").max(list("tokens"));
                 }
                 _ => reader.pass()?,
             }
             Ok(())
         })?;
         self.unknown |= other.is_some();
-        self.details += ids.max(probabilities);
         self.choices = self.choices.map(|count| count.saturating_add(1));
         Ok(())
     }
@@ -196,6 +199,11 @@ impl<'a> Chunk<'a> {
         Ok(())
     }
 
+    /// How many ids it has.
+    pub(super) fn id_count(&self) -> u64 {
+        self.ids.map_or(0, len)
+    }
+
     fn say(&mut self, channel: Channel, value: Value<'a>, call: usize) {
         if value.is_blank() {
             return;
@@ -218,6 +226,10 @@ fn order(said: &Said<'_>) -> (usize, u8) {
 
 fn present(value: Value<'_>) -> Option<Value<'_>> {
     (!value.is_null()).then_some(value)
+}
+
+fn list(value: Value<'_>) -> Option<Value<'_>> {
+    (value.kind() == Kind::Array).then_some(value)
 }
 
 fn len(value: Value<'_>) -> u64 {
@@ -274,13 +286,21 @@ mod tests {
 
     #[test]
     fn tokens_told_in_detail_are_counted() {
-        for (choice, details) in [
-            (r#"{"text":"ab","logprobs":{"tokens":["a","b"]},"token_ids":[1,2]}"#, 2),
-            (r#"{"delta":{"content":"a"},"logprobs":{"content":[{"token":"a"}]}}"#, 1),
-            (r#"{"delta":{"content":"a"},"logprobs":null}"#, 0),
+        for (choice, details, ids) in [
+            (r#"{"text":"ab","logprobs":{"tokens":["a","b"]},"token_ids":[1,2]}"#, 2, 2),
+            (r#"{"delta":{"content":"a"},"logprobs":{"content":[{"token":"a"}]},"token_ids":null}"#, 1, 0),
+            (r#"{"delta":{"content":"a"},"logprobs":null}"#, 0, 0),
         ] {
             let data = format!(r#"{{"choices":[{choice}]}}"#);
-            assert_eq!(Chunk::read(data.as_bytes()).unwrap().details, details, "{choice}");
+            let chunk = Chunk::read(data.as_bytes()).unwrap();
+            assert_eq!((chunk.details, chunk.id_count()), (details, ids), "{choice}");
+        }
+        for data in [
+            r#"{"prompt_token_ids":[7],"choices":[]}"#,
+            r#"{"choices":[{"text":"","prompt_token_ids":[7]}],"prompt_token_ids":null}"#,
+        ] {
+            let chunk = Chunk::read(data.as_bytes()).unwrap();
+            assert_eq!(chunk.prompt_ids.unwrap().raw(), b"[7]");
         }
     }
 }

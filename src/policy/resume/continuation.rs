@@ -36,6 +36,9 @@ pub(super) fn continuation(
 ) -> Result<(Vec<u8>, Seam), Refused> {
     let delivered = delivered(journal)?;
     let asked = Asked::read(endpoint, body)?;
+    if asked.wants_ids() {
+        return Err(Refused::Details);
+    }
     let mut edits = Edits::default();
     let mut echoes = vec![delivered.as_bytes()];
     let prompt;
@@ -72,10 +75,10 @@ pub(super) fn continuation(
         }
         _ => return Err(Refused::Engine),
     }
-    asked.reduce_limits(endpoint, engine, journal, &mut edits)?;
-    if let Some(seed) = asked.seed.and_then(|seed| seed.as_u64().map(|number| (seed, number))) {
-        edits.replace(seed.0.span(), next_seed(seed.1, delivered).to_string());
-    }
+    // With stop strings text is held back, and the engine's count runs ahead of it.
+    let spent = journal.text_tokens.or_else(|| told_by_ids(journal)).filter(|_| asked.stops.is_empty());
+    asked.reduce_limits(endpoint, engine, spent, &mut edits)?;
+    asked.change_seed(delivered, &mut edits);
     let seam = Seam::new(&echoes, asked.stops, delivered.as_bytes());
     Ok((edits.apply(body), seam))
 }
@@ -95,8 +98,13 @@ fn delivered(journal: &Journal) -> Result<&str, Refused> {
     if text.is_empty() { Err(Refused::NothingDelivered) } else { Ok(text) }
 }
 
+/// Tokens of the text, where ids tell.
+fn told_by_ids(journal: &Journal) -> Option<u64> {
+    journal.ids.seam().filter(|seam| seam.text == journal.text().len()).map(|seam| seam.ids as u64)
+}
+
 /// The same seed would repeat the draws of the first tokens.
-fn next_seed(seed: u64, delivered: &str) -> u64 {
+pub(super) fn next_seed(seed: u64, delivered: &str) -> u64 {
     // FNV-1a over what makes this leg differ from the one before.
     let mix = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01B3);
     let start = seed.to_le_bytes().into_iter().fold(0xCBF2_9CE4_8422_2325, mix);
@@ -105,23 +113,25 @@ fn next_seed(seed: u64, delivered: &str) -> u64 {
 
 /// What the request says that a continuation must know.
 #[derive(Default)]
-struct Asked<'a> {
+pub(super) struct Asked<'a> {
     /// Behind the opening brace.
-    inside: usize,
-    messages: Option<Value<'a>>,
-    prompt: Option<Value<'a>>,
-    max_tokens: Option<Value<'a>>,
-    max_completion_tokens: Option<Value<'a>>,
+    pub(super) inside: usize,
+    pub(super) messages: Option<Value<'a>>,
+    pub(super) prompt: Option<Value<'a>>,
+    pub(super) max_tokens: Option<Value<'a>>,
+    pub(super) max_completion_tokens: Option<Value<'a>>,
     n_predict: Option<Value<'a>>,
-    min_tokens: Option<Value<'a>>,
-    seed: Option<Value<'a>>,
-    stops: Vec<Vec<u8>>,
+    pub(super) min_tokens: Option<Value<'a>>,
+    pub(super) seed: Option<Value<'a>>,
+    pub(super) model: Option<Value<'a>>,
+    pub(super) return_token_ids: Option<Value<'a>>,
+    pub(super) stops: Vec<Vec<u8>>,
     stop_is_written: bool,
     refused: Option<Refused>,
 }
 
 impl<'a> Asked<'a> {
-    fn read(endpoint: Endpoint, body: &'a [u8]) -> Result<Self, Refused> {
+    pub(super) fn read(endpoint: Endpoint, body: &'a [u8]) -> Result<Self, Refused> {
         let open = memchr::memchr(b'{', body).ok_or(Refused::Body)?;
         let mut asked = Self { inside: open + 1, ..Self::default() };
         let mut twice = false;
@@ -152,6 +162,8 @@ impl<'a> Asked<'a> {
             b"n_predict" => return self.n_predict.replace(value).is_some(),
             b"min_tokens" => return self.min_tokens.replace(value).is_some(),
             b"seed" => return self.seed.replace(value).is_some(),
+            b"model" => return self.model.replace(value).is_some(),
+            b"return_token_ids" => return self.return_token_ids.replace(value).is_some(),
             b"stop" => {
                 let again = !self.stops.is_empty();
                 let one = Some(value).filter(|value| value.kind() == Kind::String);
@@ -192,7 +204,7 @@ impl<'a> Asked<'a> {
             }
             // Thoughts that the client is not shown are lost as well.
             b"include_reasoning" => (value.as_bool() == Some(false)).then_some(Refused::Reasoning),
-            b"return_token_ids" | b"echo" => is_true.then_some(Refused::Details),
+            b"echo" => is_true.then_some(Refused::Details),
             b"continue_final_message" | b"add_generation_prompt" => set.then_some(Refused::Prefilled),
             b"suffix" | b"prompt_embeds" | b"truncate_prompt_tokens" => set.then_some(Refused::Prompt),
             b"mirostat" => (set && value.as_u64() != Some(0)).then_some(Refused::Sampler),
@@ -203,16 +215,38 @@ impl<'a> Asked<'a> {
         false
     }
 
+    /// Whether the client is to see ids.
+    pub(super) fn wants_ids(&self) -> bool {
+        self.return_token_ids.and_then(|wanted| wanted.as_bool()) == Some(true)
+    }
+
+    /// Another leg draws other numbers.
+    pub(super) fn change_seed(&self, delivered: &str, edits: &mut Edits) {
+        if let Some((seed, number)) = self.seed.and_then(|seed| Some((seed, seed.as_u64()?))) {
+            edits.replace(seed.span(), next_seed(number, delivered).to_string());
+        }
+    }
+
+    /// The most tokens that may be generated, where it is known; `Ok(None)`: as many as fit.
+    pub(super) fn tokens_max(&self, endpoint: Endpoint, engine: Engine) -> Result<Option<u64>, Refused> {
+        let set = |limit: Option<Value<'a>>| limit.filter(|limit| !limit.is_null());
+        match set(self.max_completion_tokens).or(set(self.max_tokens)) {
+            Some(limit) => limit.as_u64().map(Some).ok_or(Refused::Body),
+            None if endpoint == Endpoint::Completions && engine != Engine::LlamaCpp => {
+                Ok(Some(COMPLETION_TOKENS_DEFAULT))
+            }
+            None => Ok(None),
+        }
+    }
+
     /// What was generated counts towards the limits, and must be known where there are any.
-    fn reduce_limits(
+    pub(super) fn reduce_limits(
         &self,
         endpoint: Endpoint,
         engine: Engine,
-        journal: &Journal,
+        spent: Option<u64>,
         edits: &mut Edits,
     ) -> Result<(), Refused> {
-        // With stop strings text is held back, and the engine's count runs ahead of it.
-        let spent = journal.text_tokens.filter(|_| self.stops.is_empty());
         for limit in [self.max_tokens, self.max_completion_tokens, self.n_predict].into_iter().flatten() {
             // llama.cpp's -1.
             if limit.is_null() || limit.raw().starts_with(b"-") {

@@ -43,6 +43,11 @@ impl Edits {
     }
 }
 
+/// Where a member stands with the comma before it, if there is one and it is plainly written.
+pub(super) fn member_behind_comma(data: &[u8], name: &str, value: Range<usize>) -> Option<Range<usize>> {
+    member_span(data, name, value).filter(|span| data[span.start] == b',')
+}
+
 /// The span of a member with one of its commas.
 fn member_span(data: &[u8], name: &str, value: Range<usize>) -> Option<Range<usize>> {
     let before = data[..value.start].trim_ascii_end().strip_suffix(b":")?.trim_ascii_end();

@@ -7,7 +7,9 @@
 //! Invariant: text is only ever added, and only what was or is about to be given to the client.
 
 use super::chunk::{Channel, Chunk};
-use crate::policy::json::{Value, string_end};
+use super::ids::Ids;
+use crate::policy::dialect::Frame;
+use crate::policy::json::Value;
 
 /// Frames larger than this are read anew each time: with log probabilities no two are alike.
 const FRAME_BYTES_MAX: usize = 1024;
@@ -46,8 +48,12 @@ pub(super) struct Journal {
     pub(super) identity: Identity,
     /// Events with text.
     pub(super) text_events: u32,
-    /// Tokens told in detail; see [`Chunk::details`].
+    /// Tokens told in detail; see [`Journal::details_of`].
     pub(super) details: u64,
+    /// Ids of its tokens, where they are told.
+    pub(super) ids: Ids,
+    /// The client did not ask for ids, and does not see them.
+    pub(super) ids_are_ours: bool,
     pub(super) role: bool,
     /// The choice has ended well.
     pub(super) finished: bool,
@@ -61,16 +67,13 @@ pub(super) struct Journal {
     pub(super) prompt_tokens: Option<u64>,
     /// Of the text, where the last event with text said so.
     pub(super) text_tokens: Option<u64>,
-    frame: Frame,
+    last: Last,
 }
 
 /// The last event with one text and nothing else of interest: the next is likely to differ only in that.
 #[derive(Debug, Default)]
-struct Frame {
-    data: Vec<u8>,
-    /// Between the quotes.
-    start: usize,
-    end: usize,
+struct Last {
+    frame: Frame,
     channel: Option<Channel>,
     details: u64,
 }
@@ -95,6 +98,7 @@ impl Journal {
             return;
         }
         self.introduce(&chunk);
+        let before = self.text.len();
         for said in &chunk.said {
             match said.value.as_str() {
                 Some(text) => self.append(said.channel, text.as_bytes(), bytes_max),
@@ -108,26 +112,29 @@ impl Journal {
             }
         }
         self.count(&chunk, Some(0));
+        let Self { ids, text, .. } = self;
+        ids.add(&chunk, text.get(before..).unwrap_or_default(), text.len(), completion_tokens(&chunk));
         self.remember(data, &chunk);
     }
 
     fn observe_like_last(&mut self, data: &[u8], bytes_max: usize) -> bool {
-        let Some(channel) = self.frame.channel else { return false };
-        // The quotes belong to the frame around the hole.
-        let (before, after) = (&self.frame.data[..self.frame.start], &self.frame.data[self.frame.end..]);
-        if data.len() <= before.len() + after.len() || !data.starts_with(before) || !data.ends_with(after) {
+        let Some(channel) = self.last.channel else { return false };
+        let Some(filled) = self.last.frame.fit(data) else { return false };
+        let inside = &data[filled.text];
+        if memchr::memchr(b'\\', inside).is_some() {
             return false;
         }
-        let end = data.len() - after.len();
-        let inside = &data[self.frame.start..end];
-        if memchr::memchr(b'\\', inside).is_some() || string_end(data, self.frame.start - 1) != Ok(end + 1) {
+        let ids = filled.ids.map_or(&b""[..], |ids| &data[ids]);
+        if !self.ids_are_ours && !ids.is_empty() {
+            // Told in detail, to be counted.
             return false;
         }
-        self.details += self.frame.details;
+        self.details += self.last.details;
         self.text_events = self.text_events.saturating_add(1);
         // Events with usage are not remembered.
         self.text_tokens = None;
         self.append(channel, inside, bytes_max);
+        self.ids.add_list(ids, inside, self.text.len());
         true
     }
 
@@ -136,17 +143,20 @@ impl Journal {
         let plain = said.mirror.is_none()
             && chunk.finish.is_none()
             && chunk.usage.is_none()
+            && chunk.prompt_ids.is_none()
             && chunk.calls.iter().all(|call| call.id.is_none());
         if !plain || data.len() > FRAME_BYTES_MAX || self.overflow {
             return;
         }
-        let span = said.value.span();
-        self.frame.data.clear();
-        self.frame.data.extend_from_slice(data);
-        self.frame.start = span.start + 1;
-        self.frame.end = span.end - 1;
-        self.frame.channel = Some(said.channel);
-        self.frame.details = chunk.details;
+        let (text, ids) = (said.value.span(), chunk.ids.map(|list| list.span()));
+        self.last.frame.set(data, text.start + 1..text.end - 1, ids.map(|ids| ids.start + 1..ids.end - 1));
+        self.last.channel = Some(said.channel);
+        self.last.details = chunk.details;
+    }
+
+    /// Tokens that a chunk tells the client in detail, by log probabilities or ids.
+    pub(super) fn details_of(&self, chunk: &Chunk<'_>) -> u64 {
+        if self.ids_are_ours { chunk.details } else { chunk.details.max(chunk.id_count()) }
     }
 
     /// Notes who speaks, once, and the role.
@@ -166,7 +176,7 @@ impl Journal {
     /// Notes what an event counts and ends. `base`: tokens of the text that its usage does not count, if
     /// that is known.
     pub(super) fn count(&mut self, chunk: &Chunk<'_>, base: Option<u64>) {
-        self.details += chunk.details;
+        self.details += self.details_of(chunk);
         self.finished |= chunk.finish.is_some_and(|finish| finish.is_good());
         let number = |name| chunk.usage.and_then(|usage| usage.get(name)).and_then(|count| count.as_u64());
         if base == Some(0) && self.prompt_tokens.is_none() {
@@ -191,7 +201,8 @@ impl Journal {
             self.overflow = true;
             self.text = Vec::new();
             self.runs = Vec::new();
-            self.frame = Frame::default();
+            self.last = Last::default();
+            self.ids.lose();
             return;
         }
         self.text.extend_from_slice(text);
@@ -228,6 +239,11 @@ impl Journal {
         &self.text
     }
 
+    /// Where the last run of text begins.
+    pub(super) fn last_run_start(&self) -> usize {
+        self.runs.len().checked_sub(2).and_then(|last| self.runs.get(last)).map_or(0, |run| run.end)
+    }
+
     /// The channels with text, in order, equal neighbours joined.
     pub(super) fn channels(&self) -> impl DoubleEndedIterator<Item = Channel> {
         self.runs.iter().map(|run| run.channel)
@@ -239,10 +255,16 @@ impl Journal {
         let calls: usize = self.calls.iter().map(|call| size_of::<Call>() + call.id.len()).sum();
         self.text.capacity()
             + self.runs.capacity() * size_of::<Run>()
-            + self.frame.data.capacity()
+            + self.last.frame.held()
+            + self.ids.held()
             + identity.into_iter().flatten().map(|raw| raw.len()).sum::<usize>()
             + calls
     }
+}
+
+/// Tokens generated so far, as the engine counts them.
+pub(super) fn completion_tokens(chunk: &Chunk<'_>) -> Option<u64> {
+    chunk.usage.and_then(|usage| usage.get("completion_tokens")).and_then(|count| count.as_u64())
 }
 
 /// How far a leg has said again what a journal holds.
@@ -259,6 +281,17 @@ pub(super) struct Cursor {
 pub(super) struct Differs;
 
 impl Cursor {
+    /// For a leg that begins behind so many bytes of the text.
+    pub(super) fn behind(journal: &Journal, at: usize) -> Self {
+        let run = journal.runs.iter().take_while(|run| run.end <= at).count();
+        Self { run, at, details: 0 }
+    }
+
+    /// How many bytes of the text are behind it.
+    pub(super) fn at(&self) -> usize {
+        self.at
+    }
+
     /// Whether all was said again.
     pub(super) fn is_through(&self, journal: &Journal) -> bool {
         self.at == journal.text.len()

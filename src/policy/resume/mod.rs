@@ -22,11 +22,18 @@
 mod chunk;
 mod continuation;
 mod edit;
+mod exact;
+#[cfg(test)]
+mod exact_tests;
+#[cfg(test)]
+mod id_model;
+mod ids;
 mod journal;
 #[cfg(test)]
 mod model;
 #[cfg(test)]
 mod tests;
+mod unseen;
 
 use std::borrow::Cow;
 use std::fmt;
@@ -34,12 +41,17 @@ use std::ops::ControlFlow;
 
 use smallvec::SmallVec;
 
+pub use self::unseen::{ASKED_EVENT_BYTES_MAX, Unseen, ask_for_ids};
+
 use self::chunk::{Channel, Chunk};
 use self::continuation::{Seam, Verdict, continuation};
 use self::edit::Edits;
-use self::journal::{Cursor, Journal};
-use super::dialect::{Endpoint, Engine, request_facts};
-use super::json::{Value, write_string};
+use self::exact::{Exact, exact, is_spent, leaks, to_chat_chunk};
+use self::ids::Ids;
+use self::journal::{Cursor, Journal, completion_tokens};
+use self::unseen::hide;
+use super::dialect::{Endpoint, Engine, read_ids, request_facts};
+use super::json::{Value, scan_top_level, write_string};
 use crate::sse::{Decoder, Event, write_event};
 
 /// A leg's event larger than this is not waited for. The caller's own bound is lower, and configured; this
@@ -71,11 +83,35 @@ impl ResumeMode {
     }
 }
 
+/// Whether an engine that gives token ids is asked for them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RequestIds {
+    /// Where they can be used.
+    Auto,
+    /// Only by a client.
+    Never,
+}
+
+impl RequestIds {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::Auto, Self::Never];
+
+    /// Its name in a configuration.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Never => "never",
+        }
+    }
+}
+
 /// The bounds of resuming.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ResumePolicy {
     /// Default `best`.
     pub mode: ResumeMode,
+    /// Default `auto`.
+    pub request_ids: RequestIds,
     /// Resumes of one stream that gave the client something. Default 2: a request that broke three
     /// replicas is more likely the cause than the victim.
     pub resumes_max: u8,
@@ -89,7 +125,13 @@ pub struct ResumePolicy {
 
 impl Default for ResumePolicy {
     fn default() -> Self {
-        Self { mode: ResumeMode::Best, resumes_max: 2, replay_tokens_max: 4096, journal_bytes_max: 256 << 10 }
+        Self {
+            mode: ResumeMode::Best,
+            request_ids: RequestIds::Auto,
+            resumes_max: 2,
+            replay_tokens_max: 4096,
+            journal_bytes_max: 256 << 10,
+        }
     }
 }
 
@@ -132,6 +174,10 @@ impl ResumePolicy {
 /// A way to go on with a broken stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Strategy {
+    /// The engine continues the token ids it is given.
+    Exact,
+    /// The same for a chat, by a completion whose chunks are translated back.
+    ExactTranslated,
     /// The engine continues the text it is given.
     Text,
     /// The whole answer is generated again and compared.
@@ -142,6 +188,8 @@ impl Strategy {
     /// For a metric's label.
     pub const fn name(self) -> &'static str {
         match self {
+            Self::Exact => "exact",
+            Self::ExactTranslated => "exact_translated",
             Self::Text => "text",
             Self::Replay => "replay",
         }
@@ -223,6 +271,10 @@ pub enum Refused {
     LimitReached,
     /// The body cannot be edited.
     Body,
+    /// Token ids are missing, or too far behind the text.
+    Ids,
+    /// A member of the request is not known to mean the same in a completion.
+    Member,
     /// The engine does not continue.
     Engine,
 }
@@ -251,6 +303,8 @@ impl Refused {
             Self::TokensUnknown => "tokens_unknown",
             Self::LimitReached => "limit_reached",
             Self::Body => "body",
+            Self::Ids => "ids",
+            Self::Member => "member",
             Self::Engine => "engine",
         }
     }
@@ -269,6 +323,8 @@ pub enum Abandon {
     WrongModel,
     /// The continuation of an answer came as thinking.
     Misfiled,
+    /// It speaks without having shown that it was given the ids to continue.
+    IdsIgnored,
     /// It speaks of another choice.
     Choices,
     /// An event that is no JSON, is too large, or is not understood.
@@ -290,12 +346,33 @@ impl Abandon {
             Self::Echo => "echo",
             Self::WrongModel => "wrong_model",
             Self::Misfiled => "misfiled",
+            Self::IdsIgnored => "ids_ignored",
             Self::Choices => "choices",
             Self::Unreadable => "unreadable",
             Self::Failed => "failed",
             Self::EndedEarly => "ended_early",
             Self::NoLeg => "no_leg",
         }
+    }
+}
+
+/// What can be asked of the backends that might go on with a stream. All of one engine; from an engine alone: that
+/// it continues texts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Peers {
+    /// `None`: not known, so that only a replay is possible.
+    pub engine: Option<Engine>,
+    /// One continues texts.
+    pub text: bool,
+    /// One continues token ids.
+    pub ids: bool,
+    /// Tokens that fit into its context, prompt and answer.
+    pub context_max: Option<u64>,
+}
+
+impl From<Option<Engine>> for Peers {
+    fn from(engine: Option<Engine>) -> Self {
+        Self { engine, text: engine.is_some(), ids: false, context_max: None }
     }
 }
 
@@ -325,7 +402,9 @@ pub struct Splice {
     endpoint: Endpoint,
     policy: ResumePolicy,
     journal: Journal,
-    withdrawn: SmallVec<[Strategy; 2]>,
+    withdrawn: SmallVec<[Strategy; 4]>,
+    /// The engine of the first leg, if it was asked for ids.
+    tells_ids: Option<Engine>,
     /// Legs after the first that spoke.
     resumes: u8,
     /// For the leg that was planned last, if it continues.
@@ -356,7 +435,20 @@ enum Way {
         waiting: Vec<Vec<u8>>,
         /// Tokens of the text that this leg did not generate.
         base: Option<u64>,
+        /// Where it was given ids.
+        by_ids: Option<ByIds>,
     },
+}
+
+/// A leg that continues ids.
+#[derive(Debug)]
+struct ByIds {
+    /// Its chunks are those of a completion, and the client's those of a chat.
+    translated: bool,
+    /// It has shown that it was given the ids.
+    proved: bool,
+    /// How far it has said again what was delivered behind the seam; `None` once it has said all.
+    again: Option<Cursor>,
 }
 
 impl Splice {
@@ -383,10 +475,19 @@ impl Splice {
             policy: *policy,
             journal: Journal::default(),
             withdrawn: SmallVec::new(),
+            tells_ids: None,
             resumes: 0,
             seam: None,
             leg: None,
         })
+    }
+
+    /// Leg 1 is of this engine, which tells token ids: because the client asked for them, or, `unseen`, because
+    /// [`ask_for_ids`] did.
+    pub fn tells_ids(&mut self, engine: Engine, unseen: bool) {
+        self.journal.ids = Ids::of(engine);
+        self.journal.ids_are_ours = unseen;
+        self.tells_ids = Some(engine);
     }
 
     /// Leg 1: the data of each event that was forwarded unchanged (`[DONE]` included). The event must be
@@ -401,9 +502,10 @@ impl Splice {
         size_of::<Self>() + self.journal.held() + self.seam.as_ref().map_or(0, Seam::held) + leg
     }
 
-    /// After a break: how to go on at a backend of this engine (`None`: not known; replay only). Strategies
-    /// that were withdrawn are skipped. The leg that broke is over.
-    pub fn plan(&mut self, engine: Option<Engine>, body: &[u8]) -> Result<Plan, Refused> {
+    /// After a break: how to go on at one of `peers`. Strategies that were withdrawn are skipped. The leg that broke
+    /// is over.
+    pub fn plan(&mut self, peers: impl Into<Peers>, body: &[u8]) -> Result<Plan, Refused> {
+        let peers = peers.into();
         self.leg = None;
         self.seam = None;
         let journal = &self.journal;
@@ -420,8 +522,22 @@ impl Splice {
             return Err(Refused::ResumesExhausted);
         }
         let mut reason = Refused::StrategiesExhausted;
+        let by_ids = match self.endpoint {
+            Endpoint::ChatCompletions => Strategy::ExactTranslated,
+            _ => Strategy::Exact,
+        };
+        if let Some(engine) = peers.engine.filter(|_| peers.ids && self.policy.mode == ResumeMode::Best)
+            && self.may(by_ids)
+        {
+            match exact(self.endpoint, engine, body, journal, peers.context_max) {
+                Ok(Exact { path, body }) => return Ok(Plan { strategy: by_ids, path, body: Some(body) }),
+                Err(refused) => reason = refused,
+            }
+        }
         if self.policy.mode == ResumeMode::Best && self.may(Strategy::Text) {
-            match engine
+            match peers
+                .engine
+                .filter(|_| peers.text)
                 .ok_or(Refused::Engine)
                 .and_then(|engine| continuation(self.endpoint, engine, body, journal))
             {
@@ -443,10 +559,30 @@ impl Splice {
 
     /// The leg of this plan begins (its first byte is about to be fed).
     pub fn begin_leg(&mut self, plan: &Plan) {
-        let way = match plan.strategy {
-            Strategy::Replay => Way::Replay(Cursor::default()),
-            Strategy::Text => {
-                Way::Continue { seam: self.seam.take(), waiting: Vec::new(), base: self.journal.text_tokens }
+        let way = match (plan.strategy, self.journal.ids.seam()) {
+            (strategy @ (Strategy::Exact | Strategy::ExactTranslated), Some(seam)) => {
+                self.journal.ids.go_back();
+                Way::Continue {
+                    seam: None,
+                    waiting: Vec::new(),
+                    base: Some(seam.ids as u64),
+                    by_ids: Some(ByIds {
+                        translated: strategy == Strategy::ExactTranslated,
+                        proved: false,
+                        again: Some(Cursor::behind(&self.journal, seam.text))
+                            .filter(|again| !again.is_through(&self.journal)),
+                    }),
+                }
+            }
+            (Strategy::Text, _) => {
+                let base = self.journal.text_tokens;
+                self.journal.ids.lose();
+                Way::Continue { seam: self.seam.take(), waiting: Vec::new(), base, by_ids: None }
+            }
+            // A replay's ids may differ where its text does not.
+            (Strategy::Replay | Strategy::Exact | Strategy::ExactTranslated, _) => {
+                self.journal.ids.lose();
+                Way::Replay(Cursor::default())
             }
         };
         self.leg = Some(Leg { decoder: Decoder::new(EVENT_BYTES_MAX), told: Told { spoke: false, way } });
@@ -517,7 +653,15 @@ impl Splice {
             self.write_done(out);
             return Ok(());
         }
-        let chunk = Chunk::read(event.data).map_err(|_| Abandon::Unreadable)?;
+        let chat;
+        let data = match told.is_translated() {
+            false => event.data,
+            true => {
+                chat = to_chat_chunk(event.data).map_err(|_| Abandon::Unreadable)?;
+                &chat
+            }
+        };
+        let chunk = Chunk::read(data).map_err(|_| Abandon::Unreadable)?;
         if chunk.error || event.name == Some(b"error") || chunk.finish.is_some_and(|finish| !finish.is_good())
         {
             return Err(Abandon::Failed);
@@ -529,13 +673,13 @@ impl Splice {
         if self.journal.finished {
             let usage = chunk.usage.is_some() && chunk.said.is_empty() && chunk.finish.is_none();
             if usage {
-                self.write(&told.way, event.data, &chunk, Edits::default(), out);
+                self.write(&told.way, data, &chunk, Edits::default(), out);
             }
             return Ok(());
         }
         match &told.way {
-            Way::Replay(_) => self.take_again(told, event.data, &chunk, out),
-            Way::Continue { .. } => self.take_more(told, event.data, &chunk, out),
+            Way::Replay(_) => self.take_again(told, data, &chunk, out),
+            Way::Continue { .. } => self.take_more(told, data, &chunk, out),
         }
     }
 
@@ -573,11 +717,12 @@ impl Splice {
                 return Err(Abandon::Diverged);
             }
             let details = cursor.details;
-            cursor.details += chunk.details;
+            let in_chunk = self.journal.details_of(chunk);
+            cursor.details += in_chunk;
             let swallowed = news.iter().any(|&from| from > 0);
             let silent = texts.iter().zip(&news).all(|(text, &from)| from == text.len());
             if silent && chunk.finish.is_none() {
-                let in_detail = chunk.details > 0 && details >= self.journal.details;
+                let in_detail = in_chunk > 0 && details >= self.journal.details;
                 let call =
                     chunk.calls.iter().any(|call| call.id.is_some() && !self.journal.knows(call.index));
                 let role = chunk.role.is_some() && !self.journal.role;
@@ -586,7 +731,7 @@ impl Splice {
                     return if ahead { Err(Abandon::Unsplittable) } else { Ok(()) };
                 }
             }
-            if chunk.details > 0 && (swallowed || details != self.journal.details) {
+            if in_chunk > 0 && (swallowed || details != self.journal.details) {
                 return Err(Abandon::Unsplittable);
             }
         }
@@ -602,7 +747,7 @@ impl Splice {
         chunk: &Chunk<'_>,
         out: &mut Vec<u8>,
     ) -> Result<(), Abandon> {
-        let Way::Continue { seam, waiting, .. } = &mut told.way else { return Err(Abandon::NoLeg) };
+        let Way::Continue { seam, waiting, by_ids, .. } = &mut told.way else { return Err(Abandon::NoLeg) };
         if let (Some(model), Some(known)) = (chunk.model, &self.journal.identity.model)
             && model.raw() != &**known
         {
@@ -615,6 +760,15 @@ impl Splice {
             return Err(Abandon::Unreadable);
         }
         let new = texts(chunk)?;
+        if let Some(by_ids) = by_ids {
+            let (news, edits) = match by_ids.take(&mut self.journal, chunk, &new, told.spoke)? {
+                Some(new) => new,
+                None => return Ok(()),
+            };
+            self.journal.unreadable |= chunk.unknown;
+            self.say(told, data, chunk, &new, &news, edits, out);
+            return Ok(());
+        }
         if let Some(guard) = seam {
             let of_content = chunk.said.iter().zip(&new).filter(|(said, _)| said.channel == Channel::Content);
             let content: String = of_content.map(|(_, text)| &**text).collect();
@@ -631,7 +785,7 @@ impl Splice {
                 }
                 Verdict::Stopped => {
                     told.spoke = true;
-                    self.write_stop(out);
+                    self.write_end("stop", None, out);
                     return Ok(());
                 }
                 Verdict::Clear => {
@@ -669,10 +823,11 @@ impl Splice {
         let role = chunk.role.is_some() && !self.journal.role;
         let speaks = !chunk.said.is_empty()
             || chunk.finish.is_some()
-            || chunk.details > 0
+            || self.journal.details_of(chunk) > 0
             || chunk.unknown
             || !chunk.calls.is_empty();
         if !speaks && !role && chunk.usage.is_none() {
+            self.note_ids(told, chunk, texts);
             return;
         }
         for (place, call) in chunk.calls.iter().enumerate() {
@@ -693,9 +848,23 @@ impl Splice {
             Way::Replay(_) => Some(0),
             Way::Continue { base, .. } => *base,
         };
+        self.note_ids(told, chunk, texts);
         self.write(&told.way, data, chunk, edits, out);
         self.journal.count(chunk, base);
         told.spoke |= speaks;
+    }
+
+    /// Notes the ids of an event of a leg that continues ids; its texts are in the journal.
+    fn note_ids(&mut self, told: &Told, chunk: &Chunk<'_>, texts: &[Cow<'_, str>]) {
+        if let Way::Continue { base: Some(base), by_ids: Some(_), .. } = &told.way {
+            let counted = completion_tokens(chunk).map(|count| count.saturating_add(*base));
+            let end = self.journal.text().len();
+            let ids = &mut self.journal.ids;
+            match texts {
+                [text] => ids.add(chunk, text.as_bytes(), end, counted),
+                _ => ids.add(chunk, texts.concat().as_bytes(), end, counted),
+            }
+        }
     }
 
     /// Writes an event under the name that the client knows.
@@ -716,8 +885,9 @@ impl Splice {
         if let Some(role) = chunk.role.filter(|_| self.journal.role) {
             edits.remove(data, "role", role.span());
         }
-        if let (Way::Continue { base, .. }, Some(usage)) = (way, chunk.usage) {
-            match self.whole_usage(usage, *base) {
+        self.hide_ids(way, data, chunk, &mut edits);
+        if let (Way::Continue { base, by_ids, .. }, Some(usage)) = (way, chunk.usage) {
+            match self.whole_usage(usage, *base, by_ids.is_some()) {
                 Some(whole) => edits.replace(usage.span(), whole),
                 // Better none than a wrong one; the API allows for it.
                 None if chunk.choices == Some(0) => return,
@@ -729,17 +899,49 @@ impl Splice {
     }
 
     /// The usage of the whole answer, where all of its counts are known.
-    fn whole_usage(&self, usage: Value<'_>, base: Option<u64>) -> Option<String> {
-        let prompt = self.journal.prompt_tokens?;
+    fn whole_usage(&self, usage: Value<'_>, base: Option<u64>, by_ids: bool) -> Option<String> {
+        // What ids continue is counted as their prompt.
+        let given = || usage.get("prompt_tokens")?.as_u64()?.checked_sub(base.filter(|_| by_ids)?);
+        let prompt = self.journal.prompt_tokens.or_else(given)?;
         let completion = usage.get("completion_tokens")?.as_u64()?.checked_add(base?)?;
-        let total = prompt.checked_add(completion)?;
-        Some(format!(
-            r#"{{"prompt_tokens":{prompt},"total_tokens":{total},"completion_tokens":{completion}}}"#
-        ))
+        usage_of(prompt, completion)
     }
 
-    /// Ends the answer at the seam, where a stop string was completed.
-    fn write_stop(&mut self, out: &mut Vec<u8>) {
+    /// Takes ids out that the client did not ask for, or has.
+    fn hide_ids(&self, way: &Way, data: &[u8], chunk: &Chunk<'_>, edits: &mut Edits) {
+        let Way::Continue { by_ids: Some(by_ids), .. } = way else { return };
+        let Some(engine) = self.tells_ids else { return };
+        if let Some(list) = chunk.ids.filter(|_| self.journal.ids_are_ours) {
+            hide(engine, data, "token_ids", list.span(), edits);
+        }
+        if let Some(list) = chunk.prompt_ids {
+            match by_ids.translated {
+                true => edits.remove(data, "prompt_token_ids", list.span()),
+                false => hide(engine, data, "prompt_token_ids", list.span(), edits),
+            }
+        }
+    }
+
+    /// All tokens that the request allows were delivered, and only the end is missing: writes it to `out`. False where
+    /// that is not so, or not known.
+    pub fn end_at_limit(&mut self, body: &[u8], out: &mut Vec<u8>) -> bool {
+        let Journal { finished, unreadable, overflow, .. } = self.journal;
+        let Some(engine) = self.tells_ids.filter(|_| !finished && !unreadable && !overflow) else {
+            return false;
+        };
+        if !is_spent(self.endpoint, engine, body, &self.journal) {
+            return false;
+        }
+        let (prompt, generated) = self.journal.ids.given();
+        let usage = usage_of(prompt.len() as u64, generated.len() as u64);
+        let wanted = usage.filter(|_| wants_usage(body));
+        self.leg = None;
+        self.write_end("length", wanted.as_deref(), out);
+        true
+    }
+
+    /// Ends the answer.
+    fn write_end(&mut self, reason: &str, usage: Option<&str>, out: &mut Vec<u8>) {
         let (object, choice): (&[u8], &[u8]) = match self.endpoint {
             Endpoint::ChatCompletions => (b"chat.completion.chunk", br#""delta":{}"#),
             _ => (b"text_completion", br#""text":"""#),
@@ -754,10 +956,17 @@ impl Splice {
                 json.extend_from_slice(value);
             }
         }
-        json.extend_from_slice(b",\"choices\":[{\"index\":0,");
+        json.extend_from_slice(b",\"choices\":[");
+        let head = json.len();
+        json.extend_from_slice(b"{\"index\":0,");
         json.extend_from_slice(choice);
-        json.extend_from_slice(b",\"finish_reason\":\"stop\"}]}");
+        json.extend_from_slice(format!(",\"finish_reason\":\"{reason}\"}}]}}").as_bytes());
         write_event(out, None, &json);
+        if let Some(usage) = usage {
+            json.truncate(head);
+            json.extend_from_slice(format!("],\"usage\":{usage}}}").as_bytes());
+            write_event(out, None, &json);
+        }
         self.journal.finished = true;
         self.write_done(out);
     }
@@ -768,7 +977,64 @@ impl Splice {
     }
 }
 
+impl ByIds {
+    /// Where each text of a chunk is new, and the edits that this takes; `None` where nothing is. The chunk is judged
+    /// before: that its engine took the ids, and what it says again.
+    #[expect(clippy::type_complexity, reason = "two lists of one chunk")]
+    fn take(
+        &mut self,
+        journal: &mut Journal,
+        chunk: &Chunk<'_>,
+        texts: &[Cow<'_, str>],
+        spoke: bool,
+    ) -> Result<Option<(SmallVec<[usize; 2]>, Edits)>, Abandon> {
+        if let Some(list) = chunk.prompt_ids.filter(|_| !self.proved) {
+            let mut ids = Vec::new();
+            let inside = &list.raw()[1..list.raw().len() - 1];
+            let (prompt, generated) = journal.ids.given();
+            if read_ids(inside, &mut ids).is_none() || !ids.iter().eq(prompt.iter().chain(generated)) {
+                return Err(Abandon::IdsIgnored);
+            }
+            self.proved = true;
+        }
+        let says = !texts.is_empty() || chunk.finish.is_some();
+        if says && !self.proved {
+            return Err(Abandon::IdsIgnored);
+        }
+        let mut news: SmallVec<[usize; 2]> = SmallVec::from_elem(0, texts.len());
+        let mut edits = Edits::default();
+        if !spoke && texts.iter().any(|text| leaks(chunk, text, journal.text())) {
+            return Err(Abandon::Echo);
+        }
+        let Some(again) = &mut self.again else { return Ok(Some((news, edits))) };
+        let begins = again.at();
+        for ((said, text), from) in chunk.said.iter().zip(texts).zip(&mut news) {
+            *from = again.pass(journal, said.channel, text.as_bytes()).map_err(|_| Abandon::Diverged)?;
+            if *from > 0 {
+                edits.replace(said.value.span(), quoted(text.get(*from..).unwrap_or_default()));
+            }
+        }
+        let (at, through) = (again.at(), again.is_through(journal));
+        if through {
+            self.again = None;
+        }
+        if chunk.finish.is_some() {
+            return if through { Ok(Some((news, edits))) } else { Err(Abandon::Diverged) };
+        }
+        if news.iter().zip(texts).all(|(&from, text)| from == text.len()) {
+            let again = journal.text()[begins..at].to_vec();
+            journal.ids.add(chunk, &again, at, None);
+            return Ok(None);
+        }
+        Ok(Some((news, edits)))
+    }
+}
+
 impl Told {
+    fn is_translated(&self) -> bool {
+        matches!(&self.way, Way::Continue { by_ids: Some(by_ids), .. } if by_ids.translated)
+    }
+
     fn held(&self) -> usize {
         match &self.way {
             Way::Replay(_) => 0,
@@ -777,6 +1043,24 @@ impl Told {
             }
         }
     }
+}
+
+/// As OpenAI and the engines write it.
+fn usage_of(prompt: u64, completion: u64) -> Option<String> {
+    let total = prompt.checked_add(completion)?;
+    Some(format!(r#"{{"prompt_tokens":{prompt},"total_tokens":{total},"completion_tokens":{completion}}}"#))
+}
+
+/// Whether the request asks for usage at its end.
+fn wants_usage(body: &[u8]) -> bool {
+    let mut wanted = false;
+    let _ = scan_top_level(body, |name, value| {
+        if name == b"stream_options" {
+            wanted = value.get("include_usage").and_then(|wanted| wanted.as_bool()) == Some(true);
+        }
+        ControlFlow::Continue(())
+    });
+    wanted
 }
 
 /// The texts of a chunk, in the order of its `said`. A lone half of a surrogate pair is no text.

@@ -18,20 +18,20 @@ const BODY: &[u8] = br#"{"model":"m","stream":true,"messages":[{"role":"user","c
 
 /// What a client makes of a stream.
 #[derive(Clone, Debug, Default, PartialEq)]
-struct View {
-    texts: Vec<(String, String)>,
+pub(super) struct View {
+    pub(super) texts: Vec<(String, String)>,
     tools: Vec<(u64, String, String, String)>,
-    finishes: Vec<String>,
-    usage: Option<Value>,
+    pub(super) finishes: Vec<String>,
+    pub(super) usage: Option<Value>,
     details: usize,
-    roles: usize,
-    done: usize,
+    pub(super) roles: usize,
+    pub(super) done: usize,
     /// Ids, models, fingerprints and times.
-    names: BTreeSet<String>,
+    pub(super) names: BTreeSet<String>,
 }
 
 impl View {
-    fn of(wire: &[u8]) -> Self {
+    pub(super) fn of(wire: &[u8]) -> Self {
         let mut view = Self::default();
         for data in events(wire) {
             assert_eq!(view.done, 0, "nothing follows the terminator");
@@ -88,12 +88,12 @@ impl View {
         self.finishes.extend(choice["finish_reason"].as_str().map(str::to_owned));
     }
 
-    fn text(&self) -> String {
+    pub(super) fn text(&self) -> String {
         self.texts.iter().map(|(_, text)| text.as_str()).collect()
     }
 }
 
-fn events(wire: &[u8]) -> Vec<Vec<u8>> {
+pub(super) fn events(wire: &[u8]) -> Vec<Vec<u8>> {
     let mut all = Vec::new();
     let mut decoder = Decoder::new(1 << 20);
     decoder
@@ -109,7 +109,7 @@ fn events(wire: &[u8]) -> Vec<Vec<u8>> {
 }
 
 /// Ends of the blocks of a stream, its beginning first.
-fn cuts(wire: &[u8]) -> Vec<usize> {
+pub(super) fn cuts(wire: &[u8]) -> Vec<usize> {
     let mut cuts = vec![0];
     Decoder::new(1 << 20)
         .feed(wire, |event| {
@@ -210,7 +210,7 @@ fn answers() -> Vec<Answer> {
 }
 
 /// Cuts before the finish: a stream that has finished is complete.
-fn open_cuts(wire: &[u8]) -> Vec<usize> {
+pub(super) fn open_cuts(wire: &[u8]) -> Vec<usize> {
     cuts(wire).into_iter().filter(|&cut| View::of(&wire[..cut]).finishes.is_empty()).collect()
 }
 
