@@ -21,6 +21,7 @@ use crate::policy::health::{
 };
 use crate::policy::poison::{self, Breaks};
 use crate::policy::progress::Verified;
+use crate::pool::build::Known;
 use crate::pool::identity::Trust;
 use crate::pool::in_flight::List;
 use crate::pool::load::Foreign;
@@ -81,6 +82,7 @@ pub struct Backend {
     last_probe: ArcSwapOption<LastProbe>,
     last_verify: Mutex<Option<Verified>>,
     pub(super) trust: Trust,
+    pub(super) known: Known,
     pub(super) foreign: Foreign,
     /// Somebody suspects it and wants it asked at once.
     verify_wanted: Notify,
@@ -293,6 +295,7 @@ impl Backend {
             last_probe: ArcSwapOption::empty(),
             last_verify: Mutex::new(None),
             trust: Trust::new(),
+            known: Known::default(),
             foreign: Foreign::default(),
             verify_wanted: Notify::new(),
             nudged: Notify::new(),

@@ -6,6 +6,7 @@
 //! observations are taken in, transitions are published, and in-flight work is counted.
 
 mod backend;
+mod build;
 mod each;
 mod identity;
 mod in_flight;
@@ -21,6 +22,7 @@ mod tempo;
 mod ward;
 
 pub use backend::{Backend, BackendId, LastProbe, Listed, Record, exchange_number};
+pub use build::Origin;
 pub use each::{Place, for_each_backend};
 pub use identity::{Doubts, WrongModels};
 pub use in_flight::{InFlight, Unfinished};

@@ -15,6 +15,7 @@ use crate::clock;
 use crate::policy::Moment;
 use crate::pool::{Backend, Listed, Member, Place, WrongModels};
 use crate::probe::ask::{self, Answered, Body, NoAnswer};
+use crate::probe::build;
 use crate::telemetry::Telemetry;
 use crate::telemetry::events::{MisconfiguredBackend, ModelsChanged};
 
@@ -107,10 +108,16 @@ pub(super) async fn ask_if_due(
         Err(NoAnswer::Lost(reason)) => Some(reason.clone()),
         _ => None,
     };
+    let said = read(answer);
+    if let Said::List(listed) = &said
+        && (backend.build().is_none() || backend.is_doubted())
+    {
+        backend.set_build(build::ask(&pool.members[i], listed).await);
+    }
     // A reload may have come meanwhile: the generation in force is told.
     let (pool, i) = place.now()?;
     let telemetry = place.directory.telemetry();
-    let again_after = match read(answer) {
+    let again_after = match said {
         Said::List(listed) => {
             tell_if_changed(&pool.members[i], &listed.ids, telemetry);
             let wrong = pool.set_listed(i, listed, rng);

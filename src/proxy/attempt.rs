@@ -15,8 +15,9 @@ use hyper::upgrade::OnUpgrade;
 use crate::clock;
 use crate::policy::Moment;
 use crate::policy::dialect::{
-    BadAnswer, ErrorClass, check_answer, classify_error_answer, grpc_class, is_model_not_found,
+    BadAnswer, Engine, ErrorClass, check_answer, classify_error_answer, grpc_class, is_model_not_found,
 };
+use crate::policy::resume::{ASKED_EVENT_BYTES_MAX, ask_for_ids};
 use crate::policy::retry::{Cause, Facts, Phase};
 use crate::pool::Choice;
 use crate::proxy::admit::Asked;
@@ -118,6 +119,8 @@ pub(super) struct Attempt<'a> {
     pub(super) want: Want,
     /// It may be moved when its backend is ejected.
     pub(super) movable: bool,
+    /// The engine may be asked for ids that the client did not ask for: it is not a leg that continues another.
+    pub(super) may_ask: bool,
     /// The clocks.
     pub(super) watch: &'a mut Watch,
 }
@@ -130,6 +133,8 @@ struct Seen {
     reused: bool,
     retry_after: Option<Duration>,
     head_at: Option<Moment>,
+    /// The engine that was asked for ids unseen.
+    unseen: Option<Engine>,
 }
 
 /// The cause of the end, and what could be shown.
@@ -146,6 +151,7 @@ impl Attempt<'_> {
             reused: false,
             retry_after: None,
             head_at: None,
+            unseen: None,
         };
         let steps = self.steps(&mut seen, body, started).await;
         let now = clock::now();
@@ -189,9 +195,26 @@ impl Attempt<'_> {
             self.watch.tell_late(self.choice.in_flight.clock());
         }
         let lease = self.connect(seen).await?;
-        let arrived = self.send(seen, lease, body(), started).await?;
+        let body = self.ask_for_ids(seen, body());
+        let arrived = self.send(seen, lease, body, started).await?;
         seen.head_at = Some(clock::now());
         self.gate(seen, arrived, started).await
+    }
+
+    /// The body that asks for ids too, where the backend gives them and they may be needed.
+    fn ask_for_ids(&self, seen: &mut Seen, body: OutBody) -> OutBody {
+        let engine = self.choice.pool.gives_ids(self.choice.index);
+        let Some(engine) = engine.filter(|_| self.may_ask && self.movable && self.asked.stream) else {
+            return body;
+        };
+        let OutBody::Whole(Some(bytes)) = &body else { return body };
+        match ask_for_ids(self.asked.endpoint, engine, bytes, &self.leg.pool.config.resume) {
+            Some(asking) => {
+                seen.unseen = Some(engine);
+                OutBody::Whole(Some(asking.into()))
+            }
+            None => body,
+        }
     }
 
     async fn connect(&mut self, seen: &mut Seen) -> Result<Lease, Cause> {
@@ -313,8 +336,12 @@ impl Attempt<'_> {
             return self.plain(seen, head, body, VecDeque::new()).await;
         }
         match Media::of(&head.headers) {
-            Media::Events if self.asked.endpoint.generates() => self.tokens(head, body, started, false).await,
-            Media::Lines if self.asked.endpoint.generates() => self.tokens(head, body, started, true).await,
+            Media::Events if self.asked.endpoint.generates() => {
+                self.tokens(seen.unseen, head, body, started, false).await
+            }
+            Media::Lines if self.asked.endpoint.generates() => {
+                self.tokens(None, head, body, started, true).await
+            }
             Media::Other if self.asked.stream => Err(Cause::WrongContentType),
             _ if self.asked.endpoint.answers_json() => self.json(seen, head, body).await,
             _ => self.plain(seen, head, body, VecDeque::new()).await,
@@ -324,6 +351,7 @@ impl Attempt<'_> {
     /// A token stream: held until it says something.
     async fn tokens(
         &mut self,
+        unseen: Option<Engine>,
         mut head: Box<response::Parts>,
         mut body: InBody,
         started: Moment,
@@ -332,7 +360,12 @@ impl Attempt<'_> {
         // evergate may complete it or end it with an error of its own.
         head.headers.remove(header::CONTENT_LENGTH);
         let limit = self.asked.limits.event_bytes_max;
+        // The first event then has the ids of the prompt.
+        let limit = if unseen.is_some() { limit.max(ASKED_EVENT_BYTES_MAX) } else { limit };
         let mut stream = Box::new(TokenStream::new(self.asked.endpoint, self.asked.choices, lines, limit));
+        if let Some(engine) = unseen {
+            stream.asked_unseen(engine);
+        }
         let mut ahead = VecDeque::new();
         self.watch.enter(Stage::Gate { due: started + self.choice.pool.config.clocks.first_token });
         let mut any = false;

@@ -100,6 +100,7 @@ impl Exchange {
                 number: u32::from(self.ledger.attempts()) + 1,
                 want,
                 movable,
+                may_ask: true,
                 watch: &mut watch,
             };
             // Boxed: it is the largest part of all futures around it, and they are moved more often than it is made.
@@ -207,6 +208,7 @@ impl Exchange {
                 number,
                 want: Want::Any,
                 movable: true,
+                may_ask: true,
                 watch: &mut watch,
             };
             let outcome = attempt.run(|| body).await;

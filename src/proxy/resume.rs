@@ -14,12 +14,12 @@ use bytes::Bytes;
 use smallvec::SmallVec;
 
 use crate::clock;
-use crate::policy::dialect::ErrorClass;
+use crate::policy::dialect::{Engine, ErrorClass};
 use crate::policy::health::Observation;
 use crate::policy::poison;
-use crate::policy::resume::{Plan, Refused, Splice};
+use crate::policy::resume::{Plan, Refused, Splice, Strategy};
 use crate::policy::retry::{Cause, Facts, Phase, Verdict, verdict};
-use crate::pool::{About, BackendId, Choice, Wanted};
+use crate::pool::{About, BackendId, Choice, Origin, Wanted};
 use crate::proxy::admit::Asked;
 use crate::proxy::attempt::{Answer, Attempt, Outcome};
 use crate::proxy::hedge::Tried;
@@ -47,6 +47,8 @@ pub(super) struct Resumer {
     /// What the client has, over all legs.
     pub(super) splice: Splice,
     request: Arc<Request>,
+    /// Where it began.
+    origin: Option<Arc<Origin>>,
     /// Backends that broke it.
     broke: SmallVec<[BackendId; 4]>,
     /// Whether its replicas died of it; away while a search looks.
@@ -112,6 +114,7 @@ impl Resumer {
             Ok(splice) => Some(Box::new(Self {
                 splice,
                 request: Arc::new(Request { worker: worker.clone(), asked, leg, body, _kept: kept }),
+                origin: None,
                 broke: SmallVec::new(),
                 inquest,
                 searches: 0,
@@ -124,6 +127,21 @@ impl Resumer {
                 None
             }
         }
+    }
+
+    /// The first leg is at `choice`; `unseen`: it was asked for ids without the client's knowledge.
+    pub(super) fn begins_at(&mut self, choice: &Choice, unseen: Option<Engine>) {
+        if let Some(engine) = unseen.or_else(|| choice.pool.gives_ids(choice.index)) {
+            self.splice.tells_ids(engine, unseen.is_some());
+        }
+        let origin = choice.pool.origin(choice.index, self.request.leg.model.as_deref());
+        self.origin = Some(Arc::new(origin));
+    }
+
+    /// The client has all tokens that it asked for, and only the end is missing: that is `out`.
+    pub(super) fn end_at_limit(&mut self) -> Option<Bytes> {
+        let mut out = Vec::new();
+        self.splice.end_at_limit(&self.request.body, &mut out).then(|| out.into())
     }
 
     /// The client gets this event of the first leg; false once there is no memory left for what it has.
@@ -154,15 +172,19 @@ impl Resumer {
             return Err(Refused::ResumesExhausted.name());
         }
         let Request { leg, body, .. } = &*self.request;
-        let engine = leg.pool.config.probe.page.preset;
-        let plan = self.splice.plan(engine, body).map_err(|refused| refused.name())?;
+        self.broke.push(broken.backend().id);
+        let peers = self
+            .origin
+            .as_ref()
+            .map(|origin| leg.pool.who_continues(origin, &self.broke))
+            .unwrap_or_default();
+        let plan = self.splice.plan(peers, body).map_err(|refused| refused.name())?;
         if !leg.pool.state.may_retry(&leg.policy, self.searches == 0) {
             return Err("budget");
         }
         self.searches += 1;
-        self.broke.push(broken.backend().id);
         let looked = Looked { inquest: std::mem::take(&mut self.inquest), suspicious };
-        let before = (self.broke.clone(), u32::from(attempts));
+        let before = (self.broke.clone(), u32::from(attempts), self.origin.clone());
         let search = search(self.request.clone(), plan.clone(), looked, before);
         self.search = Some(Box::pin(search));
         self.plan = Some(plan);
@@ -187,7 +209,8 @@ impl Resumer {
                 self.splice.begin_leg(plan);
                 Next::Leg(leg)
             }
-            None if found.refused => {
+            // Those that can go on so are gone; any can generate it again.
+            None if found.refused || plan.strategy != Strategy::Replay => {
                 self.splice.withdraw(plan.strategy);
                 Next::OtherWay
             }
@@ -240,7 +263,7 @@ async fn search(
     request: Arc<Request>,
     plan: Plan,
     Looked { inquest, suspicious }: Looked,
-    (broke, attempts): (SmallVec<[BackendId; 4]>, u32),
+    (broke, attempts, origin): (SmallVec<[BackendId; 4]>, u32, Option<Arc<Origin>>),
 ) -> Found {
     let kills = suspicious && inquest.blames(&request.worker).await;
     let mut found = Found { inquest, kills, leg: None, failed: SmallVec::new(), refused: false };
@@ -251,8 +274,13 @@ async fn search(
     if let Some(path) = plan.path.and_then(|path| path.parse().ok()) {
         leg.path = path;
     }
+    let strategy = plan.strategy;
     let body = plan.body.map_or_else(|| request.body.clone(), Bytes::from);
     let mut tried = broke;
+    if let Some(origin) = origin {
+        let unfit = |&i: &usize| !leg.pool.may_continue(i, &origin, strategy);
+        tried.extend((0..leg.pool.members.len()).filter(unfit).map(|i| leg.pool.members[i].backend.id));
+    }
     for number in 1..=u32::from(leg.policy.attempts_max) {
         let Some(choice) = choose(&request, &leg, &tried).await else { break };
         tried.push(choice.backend().id);
@@ -265,6 +293,7 @@ async fn search(
             number: attempts + number,
             want: Want::Any,
             movable: true,
+            may_ask: false,
             watch: &mut watch,
         };
         let out = OutBody::Whole(Some(body.clone()));
@@ -289,6 +318,9 @@ async fn search(
         found.failed.push(failed_entry(&choice, &outcome, judged));
         // What it says of a request of our making is no word for the client.
         if matches!(judged, Verdict::Success | Verdict::Neutral) && outcome.facts.cause.is_answer() {
+            if strategy != Strategy::Replay {
+                choice.backend().refused_to_continue(strategy, leg.model.as_deref());
+            }
             found.refused = true;
             break;
         }

@@ -131,7 +131,11 @@ impl EventRelay {
             gap_since: Moment::ZERO,
             gap_cause: Cause::Silence,
         };
+        if let Some(resume) = &mut relay.resume {
+            resume.begins_at(&relay.serving.choice, relay.stream.unseen());
+        }
         relay.note_ahead();
+        relay.stream.hide_ids(&mut relay.ahead);
         relay.begin_leg();
         if relay.body.is_none() {
             relay.serving.complete();
@@ -338,6 +342,11 @@ impl EventRelay {
     /// A leg has broken for `cause`: another one, or the error.
     fn go_on_or_end(&mut self, cause: Cause, facts: Option<&Facts>) {
         let Some(resume) = &mut self.resume else { return self.end_with_error(cause) };
+        if let Some(end) = resume.end_at_limit() {
+            self.broken = None;
+            self.serving.ledger.ended(End::Complete);
+            return self.ahead.push_back(end);
+        }
         let Serving { choice, ledger, .. } = &self.serving;
         match resume.search(cause, choice, facts, ledger.attempts()) {
             Ok(()) => self.broken = Some(cause),

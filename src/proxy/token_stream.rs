@@ -9,7 +9,8 @@ use std::ops::ControlFlow;
 
 use bytes::Bytes;
 
-use crate::policy::dialect::{Endpoint, EventReader, Finish, StreamProgress};
+use crate::policy::dialect::{Endpoint, Engine, EventReader, Finish, StreamProgress};
+use crate::policy::resume::Unseen;
 use crate::policy::retry::Cause;
 use crate::sse::{Decoder, Event, Lines, TooLarge, write_event};
 
@@ -20,6 +21,10 @@ pub(super) struct TokenStream {
     progress: StreamProgress,
     endpoint: Endpoint,
     sequence: u64,
+    /// Of this engine ids were asked for that the client is not to see.
+    unseen: Option<Engine>,
+    /// Hides them, once what came before the gate was noted.
+    hiding: Option<Box<Hiding>>,
     /// An event was too large to be read: from there on the bytes are passed on as they come.
     opaque: bool,
 }
@@ -72,8 +77,35 @@ impl TokenStream {
             progress: StreamProgress::new(choices),
             endpoint,
             sequence: 0,
+            unseen: None,
+            hiding: None,
             opaque: false,
         }
+    }
+
+    /// The engine was asked for ids that its client is not to see.
+    pub(super) fn asked_unseen(&mut self, engine: Engine) {
+        self.unseen = Some(engine);
+    }
+
+    /// The engine that was asked so.
+    pub(super) fn unseen(&self) -> Option<Engine> {
+        self.unseen
+    }
+
+    /// Hides the ids from here on, and in the whole events that came before the gate.
+    pub(super) fn hide_ids(&mut self, ahead: &mut VecDeque<Bytes>) {
+        let Some(engine) = self.unseen else { return };
+        let mut hiding = Box::new(Hiding::of(engine));
+        let whole: Vec<u8> = ahead.drain(..).flatten().collect();
+        let read = Decoder::new(usize::MAX).feed(&whole, |event| {
+            hiding.event(&event, &whole);
+            ControlFlow::Continue(())
+        });
+        debug_assert!(read.is_ok_and(|upto| upto <= whole.len()), "no bound");
+        hiding.end(&whole);
+        push(ahead, hiding.take().unwrap_or(whole).into());
+        self.hiding = Some(hiding);
     }
 
     /// Every choice has ended well: what may still come is usage and the terminator.
@@ -101,12 +133,15 @@ impl TokenStream {
         }
         // Where the broken event begins in the chunk, and whether its beginning is in an earlier one.
         let mut cut = None;
-        let Self { framing, reader, progress, sequence, endpoint, .. } = self;
+        let Self { framing, reader, progress, sequence, endpoint, hiding, .. } = self;
         let on_event = |event: Event<'_>| {
             fed.any = true;
             match judge(&event, reader, progress, sequence, *endpoint, &mut fed.meaningful) {
                 None => {
                     note(event.data);
+                    if let Some(hiding) = hiding {
+                        hiding.event(&event, &chunk);
+                    }
                     ControlFlow::Continue(())
                 }
                 Some(cause) => {
@@ -130,6 +165,8 @@ impl TokenStream {
                 fed.too_large = true;
                 fed.meaningful = true;
                 self.opaque = true;
+                // What cannot be read goes on as it is, and so do the events before it in this chunk.
+                self.hiding = None;
                 for kept in [self.framing.take_carried(), self.framing.take_pending()] {
                     push(out, kept.into());
                 }
@@ -140,6 +177,14 @@ impl TokenStream {
     }
 
     fn forward(&mut self, mut chunk: Bytes, whole: usize, out: &mut VecDeque<Bytes>) {
+        if let Some(hiding) = &mut self.hiding {
+            hiding.end(&chunk[..whole]);
+            if let Some(edited) = hiding.take() {
+                // What was carried is in it.
+                self.framing.take_carried();
+                return push(out, edited.into());
+            }
+        }
         push(out, self.framing.take_carried().into());
         chunk.truncate(whole);
         push(out, chunk);
@@ -177,7 +222,7 @@ impl TokenStream {
 
     /// Servers that end with `data: [DONE]` and a single line end exist: a last block counts as whole.
     fn read_rest(&mut self, rest: &mut Vec<u8>) -> Option<Cause> {
-        let Self { framing, reader, progress, sequence, endpoint, .. } = self;
+        let Self { framing, reader, progress, sequence, endpoint, hiding, .. } = self;
         let (event, end): (_, &[u8]) = match framing {
             Framing::Events(decoder) => (decoder.finish(), b"\n\n"),
             Framing::Lines(lines) => (lines.finish(), b"\n"),
@@ -186,7 +231,9 @@ impl TokenStream {
         let complete = progress.complete();
         match judge(&event, reader, progress, sequence, *endpoint, &mut false) {
             None => {
-                rest.extend_from_slice(event.raw);
+                if !hiding.as_mut().is_some_and(|hiding| hiding.unseen.hide(&event, rest)) {
+                    rest.extend_from_slice(event.raw);
+                }
                 rest.extend_from_slice(end);
                 None
             }
@@ -208,6 +255,52 @@ impl TokenStream {
             // The finish is the terminator there.
             _ => {}
         }
+    }
+}
+
+/// A chunk without the ids in its events.
+struct Hiding {
+    unseen: Unseen,
+    edited: Vec<u8>,
+    /// What is in `edited` of the chunk, up to here.
+    at: usize,
+    /// Whether there is anything to hide in the chunk, or it ends an event that was begun before.
+    any: bool,
+}
+
+impl Hiding {
+    fn of(engine: Engine) -> Self {
+        Self { unseen: Unseen::of(engine), edited: Vec::new(), at: 0, any: false }
+    }
+
+    fn event(&mut self, event: &Event<'_>, chunk: &[u8]) {
+        let before = self.edited.len();
+        if !event.is_carried() {
+            if before == 0 {
+                self.edited.reserve(chunk.len());
+            }
+            self.edited.extend_from_slice(&chunk[self.at..event.start]);
+        }
+        match self.unseen.hide(event, &mut self.edited) {
+            true => {}
+            false if event.is_carried() => self.edited.extend_from_slice(event.raw),
+            false => return self.edited.truncate(before),
+        }
+        (self.at, self.any) = (event.end, true);
+    }
+
+    /// The chunk ends.
+    fn end(&mut self, chunk: &[u8]) {
+        if self.any {
+            self.edited.extend_from_slice(chunk.get(self.at..).unwrap_or_default());
+        }
+        self.at = 0;
+    }
+
+    /// What became of the chunk, if that is something else.
+    fn take(&mut self) -> Option<Vec<u8>> {
+        let edited = std::mem::take(&mut self.edited);
+        std::mem::take(&mut self.any).then_some(edited)
     }
 }
 

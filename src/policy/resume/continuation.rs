@@ -99,7 +99,7 @@ fn delivered(journal: &Journal) -> Result<&str, Refused> {
 }
 
 /// Tokens of the text, where ids tell.
-fn told_by_ids(journal: &Journal) -> Option<u64> {
+pub(super) fn told_by_ids(journal: &Journal) -> Option<u64> {
     journal.ids.seam().filter(|seam| seam.text == journal.text().len()).map(|seam| seam.ids as u64)
 }
 

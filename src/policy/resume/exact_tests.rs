@@ -359,11 +359,13 @@ fn a_leg_that_did_not_take_the_ids_is_abandoned_before_anything_is_written() {
                     continue;
                 }
                 let result = stream.go_on(&plan, Server { quirk, ..Server::new(engine, 2, 1) }, 0);
-                assert_eq!(
-                    (result, stream.got),
-                    (Err(reason), before),
-                    "{engine:?} {endpoint:?} {quirk:?} at {cut}"
-                );
+                let note = format!("{engine:?} {endpoint:?} {quirk:?} at {cut}");
+                if result.is_ok() && quirk == Quirk::Leak {
+                    // Nothing but the finish was left.
+                    assert_eq!(View::of(&stream.got).text(), View::of(&before).text(), "{note}");
+                    continue;
+                }
+                assert!(result == Err(reason) && stream.got == before, "{note}: {result:?}");
             }
         }
     }

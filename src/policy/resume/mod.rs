@@ -22,6 +22,7 @@
 mod chunk;
 mod continuation;
 mod edit;
+mod engines;
 mod exact;
 #[cfg(test)]
 mod exact_tests;
@@ -41,10 +42,11 @@ use std::ops::ControlFlow;
 
 use smallvec::SmallVec;
 
+pub use self::engines::{Build, TOKENIZED, Version};
 pub use self::unseen::{ASKED_EVENT_BYTES_MAX, Unseen, ask_for_ids};
 
 use self::chunk::{Channel, Chunk};
-use self::continuation::{Seam, Verdict, continuation};
+use self::continuation::{Seam, Verdict, continuation, told_by_ids};
 use self::edit::Edits;
 use self::exact::{Exact, exact, is_spent, leaks, to_chat_chunk};
 use self::ids::Ids;
@@ -575,7 +577,10 @@ impl Splice {
                 }
             }
             (Strategy::Text, _) => {
-                let base = self.journal.text_tokens;
+                let base = self.journal.text_tokens.or_else(|| told_by_ids(&self.journal));
+                let (prompt, _) = self.journal.ids.given();
+                let prompt = (!prompt.is_empty()).then_some(prompt.len() as u64);
+                self.journal.prompt_tokens = self.journal.prompt_tokens.or(prompt);
                 self.journal.ids.lose();
                 Way::Continue { seam: self.seam.take(), waiting: Vec::new(), base, by_ids: None }
             }
