@@ -16,6 +16,8 @@ mod keeper;
 mod lean;
 mod send;
 mod tap;
+#[cfg(test)]
+mod tests;
 mod tls;
 
 pub use body::{OutBody, StreamedBody, UploadBroken};
