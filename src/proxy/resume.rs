@@ -16,8 +16,9 @@ use smallvec::SmallVec;
 use crate::clock;
 use crate::policy::dialect::{Engine, ErrorClass};
 use crate::policy::health::Observation;
+use crate::policy::moves::MOVES_MAX;
 use crate::policy::poison;
-use crate::policy::resume::{Plan, Refused, Splice, Strategy};
+use crate::policy::resume::{Peers, Plan, Refused, Splice, Strategy};
 use crate::policy::retry::{Cause, Facts, Phase, Verdict, verdict};
 use crate::pool::{About, BackendId, Choice, Origin, Wanted};
 use crate::proxy::admit::Asked;
@@ -58,6 +59,12 @@ pub(super) struct Resumer {
     held: Held,
     plan: Option<Plan>,
     search: Option<Pin<Box<dyn Future<Output = Found> + Send>>>,
+    /// The search is for a leg beside one that still speaks.
+    beside: bool,
+    /// It has the inquest.
+    lent: bool,
+    /// Such searches so far.
+    moves: u8,
 }
 
 /// The request, as every leg sends it.
@@ -88,6 +95,8 @@ struct Looked {
     inquest: Inquest,
     /// A second backend may have died of the request: look before a third has it.
     suspicious: bool,
+    /// How long may be waited for a backend that has room.
+    wait: Duration,
 }
 
 /// How the relay goes on.
@@ -96,6 +105,8 @@ pub(super) enum Next {
     Leg(Box<Tried>),
     /// In another way, if there is one.
     OtherWay,
+    /// Not at all: every replica that took it died of it.
+    Kills,
     /// Not at all, for this reason.
     End(&'static str),
 }
@@ -121,6 +132,9 @@ impl Resumer {
                 held: Held::default(),
                 plan: None,
                 search: None,
+                beside: false,
+                lent: false,
+                moves: 0,
             })),
             Err(reason) => {
                 leg.pool.state.metrics.count_not_armed(reason.name());
@@ -173,22 +187,87 @@ impl Resumer {
         }
         let Request { leg, body, .. } = &*self.request;
         self.broke.push(broken.backend().id);
-        let peers = self
-            .origin
-            .as_ref()
-            .map(|origin| leg.pool.who_continues(origin, &self.broke))
-            .unwrap_or_default();
-        let plan = self.splice.plan(peers, body).map_err(|refused| refused.name())?;
+        let plan = self.splice.plan(self.peers(&self.broke), body).map_err(|refused| refused.name())?;
         if !leg.pool.state.may_retry(&leg.policy, self.searches == 0) {
             return Err("budget");
         }
         self.searches += 1;
-        let looked = Looked { inquest: std::mem::take(&mut self.inquest), suspicious };
-        let before = (self.broke.clone(), u32::from(attempts), self.origin.clone());
-        let search = search(self.request.clone(), plan.clone(), looked, before);
-        self.search = Some(Box::pin(search));
-        self.plan = Some(plan);
+        let looked =
+            Looked { inquest: std::mem::take(&mut self.inquest), suspicious, wait: leg.policy.wait_max };
+        (self.beside, self.lent) = (false, true);
+        self.look(plan, looked, self.broke.clone(), attempts);
         Ok(())
+    }
+
+    /// The leg at `left` still speaks, or may: begins to search for another to follow it. Whoever must not add to
+    /// what the client has until that is found, or given up, is told so by `true`.
+    ///
+    /// # Errors
+    /// Why not.
+    pub(super) fn search_beside(
+        &mut self,
+        left: &Choice,
+        attempts: u8,
+        burst: bool,
+    ) -> Result<bool, &'static str> {
+        if self.moves >= MOVES_MAX {
+            return Err("moves_exhausted");
+        }
+        let Request { worker, leg, body, .. } = &*self.request;
+        // All of a pool that is gone are on their way out.
+        if worker.directory.look().pool(&leg.pool.config.name).is_none() {
+            return Err("no_backend");
+        }
+        let mut but = self.broke.clone();
+        but.push(left.backend().id);
+        let peers = self.peers(&but);
+        let plan = self.splice.plan_beside(peers, body).map_err(|refused| refused.name())?;
+        if !leg.pool.state.may_retry(&leg.policy, burst) {
+            return Err("budget");
+        }
+        self.moves += 1;
+        let needs_stillness = plan.needs_stillness();
+        // Nobody waits for it: a move that finds no room now is put off. And it may be dropped at any time, so what is
+        // known of deaths stays here.
+        let looked = Looked { inquest: Inquest::default(), suspicious: false, wait: Duration::ZERO };
+        (self.beside, self.lent) = (true, false);
+        self.look(plan, looked, but, attempts);
+        Ok(needs_stillness)
+    }
+
+    /// What can be asked of the others, as the pool is now.
+    fn peers(&self, but: &[BackendId]) -> Peers {
+        let Request { worker, leg, .. } = &*self.request;
+        let snapshot = worker.directory.look();
+        let pool = snapshot.pool(&leg.pool.config.name).unwrap_or(&leg.pool);
+        self.origin.as_ref().map(|origin| pool.who_continues(origin, but)).unwrap_or_default()
+    }
+
+    fn look(&mut self, plan: Plan, looked: Looked, but: SmallVec<[BackendId; 4]>, attempts: u8) {
+        let before = (but, u32::from(attempts), self.origin.clone());
+        self.search = Some(Box::pin(search(self.request.clone(), plan.clone(), looked, before)));
+        self.plan = Some(plan);
+    }
+
+    /// The leg at `broken` has broken while another was begun beside it: that one follows.
+    pub(super) fn follows(&mut self, broken: &Choice, facts: Option<&Facts>) {
+        if let Some(facts) = facts {
+            self.inquest.opens(broken, facts);
+        }
+        self.searches += 1;
+        self.left(broken);
+    }
+
+    /// The search, or the leg it found, is not wanted any more.
+    pub(super) fn stop_search(&mut self) {
+        self.search = None;
+        self.splice.drop_beside();
+    }
+
+    /// The backend of `left` was left for the leg beside it.
+    pub(super) fn left(&mut self, left: &Choice) {
+        self.broke.push(left.backend().id);
+        self.splice.prefer_beside();
     }
 
     /// What the search came to; attempts in vain are given to `write`.
@@ -198,15 +277,20 @@ impl Resumer {
         };
         let Poll::Ready(found) = search.as_mut().poll(cx) else { return Poll::Pending };
         self.search = None;
-        self.inquest = found.inquest;
+        if self.lent {
+            self.inquest = found.inquest;
+        }
         if found.kills {
             self.tell_killer();
-            return Poll::Ready(Next::End("request_kills_backends"));
+            return Poll::Ready(Next::Kills);
         }
         found.failed.into_iter().for_each(write);
         Poll::Ready(match found.leg {
             Some(leg) => {
-                self.splice.begin_leg(plan);
+                match self.beside {
+                    true => self.splice.begin_beside(plan),
+                    false => self.splice.begin_leg(plan),
+                }
                 Next::Leg(leg)
             }
             // Those that can go on so are gone; any can generate it again.
@@ -262,7 +346,7 @@ fn is_the_backends(cause: Cause) -> bool {
 async fn search(
     request: Arc<Request>,
     plan: Plan,
-    Looked { inquest, suspicious }: Looked,
+    Looked { inquest, suspicious, wait }: Looked,
     (broke, attempts, origin): (SmallVec<[BackendId; 4]>, u32, Option<Arc<Origin>>),
 ) -> Found {
     let kills = suspicious && inquest.blames(&request.worker).await;
@@ -277,12 +361,9 @@ async fn search(
     let strategy = plan.strategy;
     let body = plan.body.map_or_else(|| request.body.clone(), Bytes::from);
     let mut tried = broke;
-    if let Some(origin) = origin {
-        let unfit = |&i: &usize| !leg.pool.may_continue(i, &origin, strategy);
-        tried.extend((0..leg.pool.members.len()).filter(unfit).map(|i| leg.pool.members[i].backend.id));
-    }
+    let origin = origin.as_deref().filter(|_| strategy != Strategy::Replay).map(|origin| (origin, strategy));
     for number in 1..=u32::from(leg.policy.attempts_max) {
-        let Some(choice) = choose(&request, &leg, &tried).await else { break };
+        let Some(choice) = choose(&request, &mut leg, (&tried, origin), wait).await else { break };
         tried.push(choice.backend().id);
         let mut watch = Watch::new(request.worker.alarms.alarm(), leg.total);
         let attempt = Attempt {
@@ -328,12 +409,31 @@ async fn search(
     found
 }
 
-/// The backend of the next leg: not one that broke it, rather one that has just shown life. Waited for as any is.
-async fn choose(request: &Request, leg: &Leg, tried: &[BackendId]) -> Option<Choice> {
-    let until = clock::now() + leg.policy.wait_max;
+/// The backend of the next leg: not one that broke it, one that can continue it if that is the way, rather one that
+/// has just shown life. Waited for as any is, where there is one at all.
+async fn choose(
+    request: &Request,
+    leg: &mut Leg,
+    (tried, origin): (&[BackendId], Option<(&Origin, Strategy)>),
+    wait: Duration,
+) -> Option<Choice> {
+    let until = clock::now() + wait;
     loop {
+        // The configuration may have changed since the stream began; that may be why it has to move.
+        if let Some(pool) = request.worker.directory.look().pool(&leg.pool.config.name) {
+            leg.pool = pool.clone();
+        }
+        let mut but: SmallVec<[BackendId; 8]> = tried.into();
+        if let Some((origin, strategy)) = origin {
+            let members = leg.pool.members.iter().enumerate();
+            let unfit = members.filter(|(i, _)| !leg.pool.may_continue(*i, origin, strategy));
+            but.extend(unfit.map(|(_, member)| member.backend.id));
+            if leg.pool.members.iter().all(|member| but.contains(&member.backend.id)) {
+                return None;
+            }
+        }
         let wanted = Wanted {
-            tried,
+            tried: &but,
             class: request.asked.class,
             model: leg.pool.judged_model(leg.model.as_deref()),
             affinity: leg.affinity,

@@ -36,7 +36,7 @@ enum Trust {
 }
 
 /// See the head of this file.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Ids {
     prompt: Vec<u32>,
     generated: Vec<u32>,

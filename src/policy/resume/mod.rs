@@ -19,6 +19,7 @@
 //! cannot go on. Events are bounded and judged by the caller's reader too; an engine's error abandons a leg.
 //! docs/adr/0017-resume.md lists each guard with the test that fails without it.
 
+mod beside;
 mod chunk;
 mod continuation;
 mod edit;
@@ -45,6 +46,7 @@ use smallvec::SmallVec;
 pub use self::engines::{Build, TOKENIZED, Version};
 pub use self::unseen::{ASKED_EVENT_BYTES_MAX, Unseen, ask_for_ids};
 
+use self::beside::Beside;
 use self::chunk::{Channel, Chunk};
 use self::continuation::{Seam, Verdict, continuation, told_by_ids};
 use self::edit::Edits;
@@ -335,6 +337,8 @@ pub enum Abandon {
     Failed,
     /// `[DONE]` before a finish.
     EndedEarly,
+    /// The client has meanwhile got from another leg what this one was to say.
+    Overtaken,
     /// There is no leg: none was begun, or it was given up before.
     NoLeg,
 }
@@ -353,6 +357,7 @@ impl Abandon {
             Self::Unreadable => "unreadable",
             Self::Failed => "failed",
             Self::EndedEarly => "ended_early",
+            Self::Overtaken => "overtaken",
             Self::NoLeg => "no_leg",
         }
     }
@@ -412,6 +417,10 @@ pub struct Splice {
     /// For the leg that was planned last, if it continues.
     seam: Option<Seam>,
     leg: Option<Leg>,
+    /// A leg that is begun while `leg`, or the first, still speaks.
+    beside: Option<Beside>,
+    /// Bytes of text when that was planned.
+    planned_at: usize,
 }
 
 /// A leg after the first.
@@ -419,6 +428,12 @@ pub struct Splice {
 struct Leg {
     decoder: Decoder,
     told: Told,
+}
+
+impl Leg {
+    fn held(&self) -> usize {
+        self.decoder.pending().len() + self.told.held()
+    }
 }
 
 #[derive(Debug)]
@@ -481,6 +496,8 @@ impl Splice {
             resumes: 0,
             seam: None,
             leg: None,
+            beside: None,
+            planned_at: 0,
         })
     }
 
@@ -500,8 +517,8 @@ impl Splice {
 
     /// Bytes it holds, for the process-wide memory bound.
     pub fn held(&self) -> usize {
-        let leg = self.leg.as_ref().map_or(0, |leg| leg.decoder.pending().len() + leg.told.held());
-        size_of::<Self>() + self.journal.held() + self.seam.as_ref().map_or(0, Seam::held) + leg
+        let legs = self.leg.as_ref().map_or(0, Leg::held) + self.beside.as_ref().map_or(0, Beside::held);
+        size_of::<Self>() + self.journal.held() + self.seam.as_ref().map_or(0, Seam::held) + legs
     }
 
     /// After a break: how to go on at one of `peers`. Strategies that were withdrawn are skipped. The leg that broke
