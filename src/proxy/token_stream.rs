@@ -106,7 +106,10 @@ impl TokenStream {
             fed.any = true;
             match judge(&event, reader, progress, sequence, *endpoint, &mut fed.meaningful) {
                 None => {
-                    note(event.data);
+                    // A comment tells the client nothing.
+                    if event.has_data {
+                        note(event.data);
+                    }
                     ControlFlow::Continue(())
                 }
                 Some(cause) => {
@@ -162,9 +165,7 @@ impl TokenStream {
         if !self.progress.whole_at_end(self.endpoint, clean.is_ok()) {
             return Ending::Broken(clean.err().unwrap_or(Cause::EndedEarly));
         }
-        if clean.is_err() {
-            self.write_terminator(&mut rest);
-        }
+        self.write_terminator(&mut rest);
         Ending::Whole(rest.into())
     }
 
@@ -316,6 +317,7 @@ mod tests {
             (format!("{TOKEN}data: {{nonsense\n\n"), true, TOKEN.to_owned(), "invalid_event"),
             // The tail is completed locally.
             (format!("{TOKEN}{FINISH}"), false, whole.clone(), "ok"),
+            (format!("{TOKEN}{FINISH}"), true, whole.clone(), "ok"),
             (format!("{TOKEN}{FINISH}data: [DO"), false, whole.clone(), "ok"),
             (format!("{TOKEN}{FINISH}{ERROR}"), true, whole.clone(), "ok"),
             (
