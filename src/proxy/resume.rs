@@ -19,7 +19,7 @@ use crate::policy::health::Observation;
 use crate::policy::poison;
 use crate::policy::resume::{Plan, Refused, Splice};
 use crate::policy::retry::{Cause, Facts, Phase, Verdict, verdict};
-use crate::pool::{About, BackendId, Choice, Wanted};
+use crate::pool::{About, BackendId, Choice, Nobody, Wanted};
 use crate::proxy::admit::Asked;
 use crate::proxy::attempt::{Answer, Attempt, Outcome};
 use crate::proxy::hedge::Tried;
@@ -254,7 +254,7 @@ async fn search(
     let body = plan.body.map_or_else(|| request.body.clone(), Bytes::from);
     let mut tried = broke;
     for number in 1..=u32::from(leg.policy.attempts_max) {
-        let Some(choice) = choose(&request, &leg, &tried).await else { break };
+        let Some(choice) = choose(&request, &leg, &mut tried).await else { break };
         tried.push(choice.backend().id);
         let mut watch = Watch::new(request.worker.alarms.alarm(), leg.total);
         let attempt = Attempt {
@@ -296,9 +296,11 @@ async fn search(
     found
 }
 
-/// The backend of the next leg: not one that broke it, rather one that has just shown life. Waited for as any is.
-async fn choose(request: &Request, leg: &Leg, tried: &[BackendId]) -> Option<Choice> {
-    let until = clock::now() + leg.policy.wait_max;
+/// The backend of the next leg: rather one that has just shown life, and one that was not tried. Waited for as any is;
+/// where all were tried, one that has spoken to somebody since, or at last any.
+async fn choose(request: &Request, leg: &Leg, tried: &mut SmallVec<[BackendId; 4]>) -> Option<Choice> {
+    let began = clock::now();
+    let until = began + leg.policy.wait_max;
     loop {
         let wanted = Wanted {
             tried,
@@ -311,10 +313,25 @@ async fn choose(request: &Request, leg: &Leg, tried: &[BackendId]) -> Option<Cho
             replayable: false,
             paid: true,
         };
-        match request.worker.with_rng(|rng| leg.pool.pick(&wanted, rng)) {
+        let nobody = match request.worker.with_rng(|rng| leg.pool.pick(&wanted, rng)) {
             Ok(choice) => return Some(choice),
-            Err(_nobody) if clock::now() < until => tokio::time::sleep(LOOK).await,
-            Err(_nobody) => return None,
+            Err(nobody) => nobody,
+        };
+        let late = clock::now() >= until;
+        if nobody == Nobody::AllTried && late && !tried.is_empty() {
+            tried.clear();
+            continue;
+        }
+        if late {
+            return None;
+        }
+        tokio::time::sleep(LOOK).await;
+        if nobody == Nobody::AllTried {
+            let returned = |id: BackendId| {
+                let member = leg.pool.members.iter().find(|member| member.backend.id == id);
+                member.is_some_and(|member| member.backend.moved_at() > began)
+            };
+            tried.retain(|id| !returned(*id));
         }
     }
 }

@@ -171,8 +171,7 @@ impl Engine {
             json!({"prompt_tokens": prompt_tokens, "total_tokens": prompt_tokens + tokens,
                 "completion_tokens": tokens})
         };
-        let continuous =
-            asked["continuous_usage_stats"] == true && matches!(skin, Skin::Vllm | Skin::Sglang);
+        let continuous = asked["continuous_usage_stats"] == true && matches!(skin, Skin::Vllm | Skin::Sglang);
         let mut events = Vec::new();
         let mut event = |choices: Value, usage: Option<Value>| {
             let created = match skin {

@@ -12,6 +12,8 @@
 #![allow(clippy::disallowed_methods)]
 #![allow(unreachable_pub)]
 
+mod chaos;
+mod crowd;
 mod engine;
 mod every_byte;
 #[path = "../support/mod.rs"]

@@ -146,7 +146,8 @@ fn what_must_not_be_is_seen() {
         view.fate();
         view.wrong.len()
     };
-    let token = r#"{"id":"a","created":1,"choices":[{"index":0,"delta":{"role":"assistant","content":"x"}}]}"#;
+    let token =
+        r#"{"id":"a","created":1,"choices":[{"index":0,"delta":{"role":"assistant","content":"x"}}]}"#;
     let more = r#"{"id":"a","created":1,"choices":[{"index":0,"delta":{"content":"y"}}]}"#;
     let finish = r#"{"id":"a","created":1,"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}"#;
     let abort = r#"{"id":"a","created":1,"choices":[{"index":0,"delta":{},"finish_reason":"abort"}]}"#;
