@@ -297,7 +297,7 @@ async fn search(
 }
 
 /// The backend of the next leg: rather one that has just shown life, and one that was not tried. Waited for as any is;
-/// where all were tried, one that has spoken to somebody since, or at last any.
+/// where all were tried, one that has spoken to somebody since may be asked again.
 async fn choose(request: &Request, leg: &Leg, tried: &mut SmallVec<[BackendId; 4]>) -> Option<Choice> {
     let began = clock::now();
     let until = began + leg.policy.wait_max;
@@ -317,12 +317,7 @@ async fn choose(request: &Request, leg: &Leg, tried: &mut SmallVec<[BackendId; 4
             Ok(choice) => return Some(choice),
             Err(nobody) => nobody,
         };
-        let late = clock::now() >= until;
-        if nobody == Nobody::AllTried && late && !tried.is_empty() {
-            tried.clear();
-            continue;
-        }
-        if late {
+        if clock::now() >= until {
             return None;
         }
         tokio::time::sleep(LOOK).await;
