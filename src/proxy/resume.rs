@@ -20,7 +20,7 @@ use crate::policy::moves::MOVES_MAX;
 use crate::policy::poison;
 use crate::policy::resume::{Peers, Plan, Refused, Splice, Strategy};
 use crate::policy::retry::{Cause, Facts, Phase, Verdict, verdict};
-use crate::pool::{About, BackendId, Choice, Origin, Wanted};
+use crate::pool::{About, BackendId, Choice, Nobody, Origin, Wanted};
 use crate::proxy::admit::Asked;
 use crate::proxy::attempt::{Answer, Attempt, Outcome};
 use crate::proxy::hedge::Tried;
@@ -363,7 +363,7 @@ async fn search(
     let mut tried = broke;
     let origin = origin.as_deref().filter(|_| strategy != Strategy::Replay).map(|origin| (origin, strategy));
     for number in 1..=u32::from(leg.policy.attempts_max) {
-        let Some(choice) = choose(&request, &mut leg, (&tried, origin), wait).await else { break };
+        let Some(choice) = choose(&request, &mut leg, &mut tried, origin, wait).await else { break };
         tried.push(choice.backend().id);
         let mut watch = Watch::new(request.worker.alarms.alarm(), leg.total);
         let attempt = Attempt {
@@ -409,29 +409,33 @@ async fn search(
     found
 }
 
-/// The backend of the next leg: not one that broke it, one that can continue it if that is the way, rather one that
-/// has just shown life. Waited for as any is, where there is one at all.
+/// The backend of the next leg: one that can continue it if that is the way, rather one that has just shown life, and
+/// one that was not tried. Waited for as any is, if there is one at all; where all were tried, one that has spoken to
+/// somebody since may be asked again.
 async fn choose(
     request: &Request,
     leg: &mut Leg,
-    (tried, origin): (&[BackendId], Option<(&Origin, Strategy)>),
+    tried: &mut SmallVec<[BackendId; 4]>,
+    origin: Option<(&Origin, Strategy)>,
     wait: Duration,
 ) -> Option<Choice> {
-    let until = clock::now() + wait;
+    let began = clock::now();
+    let until = began + wait;
     loop {
         // The configuration may have changed since the stream began; that may be why it has to move.
         if let Some(pool) = request.worker.directory.look().pool(&leg.pool.config.name) {
             leg.pool = pool.clone();
         }
-        let mut but: SmallVec<[BackendId; 8]> = tried.into();
+        let mut but: SmallVec<[BackendId; 8]> = SmallVec::new();
         if let Some((origin, strategy)) = origin {
             let members = leg.pool.members.iter().enumerate();
             let unfit = members.filter(|(i, _)| !leg.pool.may_continue(*i, origin, strategy));
             but.extend(unfit.map(|(_, member)| member.backend.id));
-            if leg.pool.members.iter().all(|member| but.contains(&member.backend.id)) {
+            if but.len() == leg.pool.members.len() {
                 return None;
             }
         }
+        but.extend_from_slice(tried);
         let wanted = Wanted {
             tried: &but,
             class: request.asked.class,
@@ -443,10 +447,20 @@ async fn choose(
             replayable: false,
             paid: true,
         };
-        match request.worker.with_rng(|rng| leg.pool.pick(&wanted, rng)) {
+        let nobody = match request.worker.with_rng(|rng| leg.pool.pick(&wanted, rng)) {
             Ok(choice) => return Some(choice),
-            Err(_nobody) if clock::now() < until => tokio::time::sleep(LOOK).await,
-            Err(_nobody) => return None,
+            Err(nobody) => nobody,
+        };
+        if clock::now() >= until {
+            return None;
+        }
+        tokio::time::sleep(LOOK).await;
+        if nobody == Nobody::AllTried {
+            let returned = |id: BackendId| {
+                let member = leg.pool.members.iter().find(|member| member.backend.id == id);
+                member.is_some_and(|member| member.backend.moved_at() > began)
+            };
+            tried.retain(|id| !returned(*id));
         }
     }
 }
