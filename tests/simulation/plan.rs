@@ -9,6 +9,7 @@ use evergate::policy::Moment;
 use evergate::policy::balance::{AffinityKey, BalancePolicy};
 use evergate::policy::health::{Administrative, HealthPolicy, ProbeVerdict};
 use evergate::policy::outlier::OutlierPolicy;
+use evergate::policy::progress::ProgressPolicy;
 use evergate::policy::retry::{Replay, RetryPolicy};
 use std::time::Duration;
 
@@ -26,6 +27,7 @@ pub(crate) struct Policies {
     pub(crate) retry: RetryPolicy,
     pub(crate) balance: BalancePolicy,
     pub(crate) outlier: OutlierPolicy,
+    pub(crate) progress: ProgressPolicy,
     pub(crate) clocks: Clocks,
 }
 
@@ -111,6 +113,14 @@ fn policies(rng: &mut fastrand::Rng) -> Policies {
         outlier.persistent = secs(1.0 + rng.f64() * 5.0);
         outlier.eject_ratio_min = outlier.ratio_min + rng.f64();
     }
+    let mut progress = ProgressPolicy::default();
+    if rng.u8(..4) > 0 {
+        progress.first_token_min = secs(0.3 + rng.f64() * 2.0);
+        progress.first_token_unknown = progress.first_token_min + secs(rng.f64() * 3.0);
+        progress.token_gap_min = secs(0.3 + rng.f64());
+        progress.token_gap_unknown = progress.token_gap_min + secs(rng.f64() * 2.0);
+        progress.hedge_ratio = *pick(rng, &[0.05, 0.05, 0.2, 1.0, 0.0]);
+    }
     let balance = match rng.u8(..8) {
         0 => BalancePolicy::RoundRobin,
         1 | 2 => BalancePolicy::LeastLoad,
@@ -124,7 +134,8 @@ fn policies(rng: &mut fastrand::Rng) -> Policies {
     {
         assert_eq!(valid, Ok(()), "{of}");
     }
-    Policies { health, retry, balance, outlier, clocks }
+    assert_eq!(progress.validate(), Ok(()), "progress");
+    Policies { health, retry, balance, outlier, progress, clocks }
 }
 
 fn member(i: usize, count: usize, trouble: Duration, rng: &mut fastrand::Rng) -> Member {
@@ -167,7 +178,7 @@ fn member(i: usize, count: usize, trouble: Duration, rng: &mut fastrand::Rng) ->
 }
 
 fn ailment(rng: &mut fastrand::Rng) -> Ailment {
-    match rng.u8(..19) {
+    match rng.u8(..22) {
         0 | 1 => Ailment::Crashed,
         2 => Ailment::Blackhole,
         3 => Ailment::Hangs,
@@ -185,7 +196,9 @@ fn ailment(rng: &mut fastrand::Rng) -> Ailment {
         15 => Ailment::BreaksStreams,
         16 => Ailment::Garbage,
         17 => Ailment::WrongCredentials,
-        _ => Ailment::WrongModel,
+        18 => Ailment::WrongModel,
+        19 => Ailment::Frozen,
+        _ => Ailment::Hollow,
     }
 }
 

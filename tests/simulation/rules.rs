@@ -3,8 +3,10 @@
 
 use crate::gateway::{Change, Choice, Gateway, Grant, Told};
 use crate::plan::{Plan, Policies};
+use crate::silence::AFTERMATH;
 use evergate::policy::Moment;
 use evergate::policy::health::{EjectReason, Observation, ProbeVerdict, Standing, Transition};
+use evergate::policy::progress::{Proof, Work};
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -12,6 +14,8 @@ use std::time::Duration;
 const BUDGET_SECONDS: u64 = 10;
 const BURST_REFILL: f64 = 30.0;
 const BURST_MIN: u32 = 8;
+/// How far back hedges are counted.
+const HEDGE_WINDOW: Duration = Duration::from_secs(10);
 /// Attempts at suspects that may come at once.
 const SUSPECTS_AT_ONCE: f64 = 2.0;
 /// Attempts that sent nothing, beyond one for each backend.
@@ -33,6 +37,15 @@ pub(crate) struct Rules {
     /// It never failed anybody, nor asked to be left alone.
     blameless: Vec<bool>,
     under_way: u32,
+    /// Hedges that were begun, and how many have not ended.
+    hedges: Vec<Moment>,
+    hedges_under_way: u32,
+    /// The latest token each backend really gave.
+    tokens: Vec<Moment>,
+    /// When the latest backend was ejected as stuck.
+    stuck_at: Option<Moment>,
+    /// When rescued work was last sent there.
+    rescued_to: Vec<Option<Moment>>,
 }
 
 impl Rules {
@@ -48,6 +61,11 @@ impl Rules {
             leave_alone_until: vec![Moment::ZERO; members],
             blameless: vec![true; members],
             under_way: 0,
+            hedges: Vec::new(),
+            hedges_under_way: 0,
+            tokens: vec![Moment::ZERO; members],
+            stuck_at: None,
+            rescued_to: vec![None; members],
         }
     }
 
@@ -107,6 +125,84 @@ impl Rules {
                 format!("{made} since {from:?}, {flowed} and {SUSPECTS_AT_ONCE} allowed")
             });
         }
+    }
+
+    /// A second attempt begins beside a late one.
+    pub(crate) fn hedged(&mut self, policies: &Policies, replayable: bool, now: Moment) {
+        self.count("hedge");
+        self.require(replayable, "what must not run twice is not hedged", String::new);
+        // Of the budget too; its peak is of no account there.
+        self.retried(policies, Some(Grant::Budget), 0, now);
+        self.hedges.push(now);
+        self.hedges_under_way += 1;
+        let second = (now.as_micros() / 1_000_000).saturating_sub(BUDGET_SECONDS - 1);
+        let lately = Moment::from_micros(second * 1_000_000);
+        let requests = self.requests.iter().filter(|at| **at >= lately).count() as f64;
+        let made = self.hedges.iter().filter(|at| now.since(**at) < HEDGE_WINDOW).count() as f64;
+        let most = policies.progress.hedge_ratio * requests;
+        let alone = self.hedges_under_way == 1 && policies.progress.hedge_ratio > 0.0;
+        self.require(alone || made <= most + 1e-6, "hedges are a small share of the requests", || {
+            format!("{made} in ten seconds, {most} allowed")
+        });
+    }
+
+    pub(crate) fn hedge_over(&mut self) {
+        self.hedges_under_way -= 1;
+    }
+
+    /// A token came from there, in truth.
+    pub(crate) fn gave_token(&mut self, i: usize, at: Moment) {
+        self.tokens[i] = self.tokens[i].max(at);
+    }
+
+    /// Work that was thrown off another is sent there.
+    pub(crate) fn rescued_to(&mut self, i: usize, now: Moment) {
+        self.count("rescued work is spared");
+        self.rescued_to[i] = Some(now);
+    }
+
+    /// A backend is about to be called stuck, with this `work` unfinished.
+    pub(crate) fn stuck(
+        &mut self,
+        policies: &Policies,
+        (i, proof): (usize, Proof),
+        late: usize,
+        work: &[Work],
+        now: Moment,
+    ) {
+        let silent = now.since(self.tokens[i]);
+        let shortest = work.iter().map(|work| now.since(work.heard)).max().unwrap_or_default();
+        self.require(!work.is_empty() && !silent.is_zero(), "who moves is not stuck", || {
+            format!("{i} gave a token {silent:?} ago, its work waits {shortest:?}")
+        });
+        if proof == Proof::Unanswered {
+            return;
+        }
+        self.count("outrun");
+        let rescued = self.rescued_to[i].filter(|at| now.since(*at) < policies.progress.first_token_min);
+        self.require(rescued.is_none(), "rescued work may take its time", || format!("{i}: {rescued:?}"));
+        self.require(late >= 2 && work.len() >= late, "one late attempt proves nothing", || {
+            format!("{i}: {late} of {work:?}")
+        });
+        // The first that still waits: somebody else must have given a token since it came, or nobody moves.
+        let since = work.iter().map(|work| work.heard).min().unwrap_or(now);
+        let peers = (0..self.tokens.len()).filter(|peer| *peer != i);
+        let moved = peers.map(|peer| self.tokens[peer]).max().unwrap_or_default();
+        self.require(moved > since, "a standstill of everybody ejects nobody", || {
+            format!("{i}, silent since {since:?}; the others since {moved:?}")
+        });
+    }
+
+    /// It was.
+    pub(crate) fn ejected_stuck(&mut self, i: usize, proof: Proof, eligible_before: usize, now: Moment) {
+        self.count("ejected as stuck");
+        let last = self.tokens[i];
+        let after = self.stuck_at.filter(|at| now.since(*at) < AFTERMATH);
+        let cascade = proof == Proof::Outrun && after.is_some_and(|at| last >= at);
+        self.require(!cascade, "an ejection does not lead to the next", || {
+            format!("{i} gave a token at {last:?}, after {after:?}; {eligible_before} were eligible")
+        });
+        self.stuck_at = Some(now);
     }
 
     /// The attempt at the suspect that was asked last, or before, sent nothing.
@@ -171,11 +267,11 @@ impl Rules {
         &mut self,
         policies: &Policies,
         members: usize,
-        sent: u32,
-        stale: u32,
-        unsent: u32,
+        (sent, stale, unsent): (u32, u32, u32),
+        hedged: bool,
     ) {
-        let most = u32::from(policies.retry.attempts_max);
+        // Beside the last one, when it is late, another may run.
+        let most = u32::from(policies.retry.attempts_max) + u32::from(hedged);
         self.require(sent <= most + stale.min(1), "attempts of an exchange are bounded", || {
             format!("{sent} reached a backend ({stale} of them on stale connections), {most} allowed")
         });
@@ -202,6 +298,7 @@ impl Rules {
             Told::Observation(Observation::Success | Observation::FirstToken | Observation::Neutral)
             | Told::Tick
             | Told::Slow(_) => {}
+            Told::Stuck(_) => self.blameless[i] = false,
             Told::Probe(verdict) => {
                 self.blameless[i] &= matches!(verdict, ProbeVerdict::Pass | ProbeVerdict::WeakPass);
             }
@@ -250,7 +347,8 @@ impl Rules {
     /// An exchange found nobody to take it, and everybody in time was asked.
     pub(crate) fn nobody(&mut self, gateway: &Gateway, tried: &[usize], now: Moment) {
         for i in 0..gateway.backends.len() {
-            let sound = self.blameless[i] && gateway.is_eligible(i, now) && gateway.has_room(i, now);
+            let open = !gateway.silence.is_shunned(i) && gateway.has_room(i, now);
+            let sound = self.blameless[i] && gateway.is_eligible(i, now) && open;
             self.require(!sound || tried.contains(&i), "who is sound and free is asked", || {
                 format!("{i} was not, but {tried:?}")
             });
@@ -261,7 +359,8 @@ impl Rules {
     pub(crate) fn another_round(&mut self, gateway: &Gateway, tried: &[usize], now: Moment) {
         self.nobody(gateway, tried, now);
         for i in (0..gateway.backends.len()).filter(|i| !tried.contains(i)) {
-            let open = gateway.is_eligible(i, now) && gateway.has_room(i, now);
+            let shunned = gateway.silence.is_shunned(i);
+            let open = gateway.is_eligible(i, now) && gateway.has_room(i, now) && !shunned;
             self.require(!open, "a backend that was tried is not tried again while others exist", || {
                 format!("{i} is there, {tried:?} were tried")
             });

@@ -7,6 +7,7 @@ use evergate::policy::Moment;
 use evergate::policy::balance::BalancePolicy;
 use evergate::policy::health::HealthPolicy;
 use evergate::policy::outlier::OutlierPolicy;
+use evergate::policy::progress::ProgressPolicy;
 use evergate::policy::retry::RetryPolicy;
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -48,6 +49,7 @@ fn plan(ailments: &[Option<Ailment>], per_second: u32) -> Plan {
             retry: RetryPolicy::default(),
             balance: BalancePolicy::default(),
             outlier: OutlierPolicy::default(),
+            progress: ProgressPolicy::default(),
             clocks,
         },
         members: members.collect(),
