@@ -1,6 +1,7 @@
 //! What the gateway knows of its pool, and how it chooses: the rules of `src/pool`, single-threaded and without I/O,
 //! around the real policies. Nothing here looks at what a replica really is.
 
+use crate::crowd::Crowd;
 use crate::plan::{Member, Plan, Policies};
 use crate::silence::Silence;
 use evergate::policy::Moment;
@@ -44,6 +45,7 @@ pub(crate) struct Gateway {
     /// The highest in-flight count of one backend so far.
     pub(crate) peak: u32,
     pub(crate) silence: Silence,
+    pub(crate) crowd: Crowd,
     pub(crate) rng: fastrand::Rng,
     cursor: AtomicUsize,
     median_first_token: Option<f64>,
@@ -107,7 +109,8 @@ pub(crate) enum Grant {
 /// Why nobody takes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Nobody {
-    Busy(Option<Moment>),
+    Full,
+    Busy(Moment),
     Down,
     AllTried,
 }
@@ -126,6 +129,7 @@ impl Gateway {
                 plan.members.len(),
                 plan.policies.health.probes,
             ),
+            crowd: Crowd::new(plan.members.len()),
             rng: fastrand::Rng::with_seed(seed),
             cursor: AtomicUsize::new(0),
             median_first_token: None,
@@ -153,11 +157,21 @@ impl Gateway {
         self.backends[i].present && self.backends[i].admin == Administrative::Enabled
     }
 
+    /// Most attempts at a time, configured or learned.
+    pub(crate) fn cap(&self, i: usize) -> Option<u32> {
+        self.crowd.cap(i, self.backends[i].in_flight_max)
+    }
+
+    /// Most exchanges that may wait.
+    pub(crate) fn queue_length_max(&self, now: Moment) -> usize {
+        let eligible = (0..self.backends.len()).filter(|&i| self.is_eligible(i, now));
+        self.policies.queue.length_max.of(eligible.map(|i| self.cap(i)))
+    }
+
     /// Whether an ordinary attempt fits there.
     pub(crate) fn has_room(&self, i: usize, now: Moment) -> bool {
         let Standing::Eligible { share } = self.standing(i, now) else { return false };
-        let max = self.backends[i].in_flight_max;
-        max.is_none_or(|max| {
+        self.cap(i).is_none_or(|max| {
             f64::from(self.backends[i].in_flight) < (f64::from(max) * f64::from(share)).max(1.0)
         })
     }
@@ -248,8 +262,9 @@ impl Gateway {
         }
         match (was_tried, until, full) {
             (true, ..) => Nobody::AllTried,
+            (false, _, true) => Nobody::Full,
+            (false, Some(until), false) => Nobody::Busy(until),
             (false, None, false) => Nobody::Down,
-            (false, until, _) => Nobody::Busy(until),
         }
     }
 

@@ -1,9 +1,11 @@
 //! Thousands of histories of the pure policies, each from a seed: model backends that fall ill of what the fault
 //! catalogue knows, a model of the attempt loop, a virtual clock, and the real `balance::pick`, `Health`, `decide`,
-//! `Budget`, `Burst`, `backoff`, `outlier`, `progress` and `hedge`.
+//! `Budget`, `Burst`, `backoff`, `outlier`, `progress`, `hedge` and
+//! `admission`.
 //!
 //! `plan` makes everything that will happen from a seed; `replica` is a backend as it really is; `gateway` what is
-//! known of it, with the rules of `src/pool`, and `silence` what is made of its silence; `world` lets it happen, with the steps of `src/proxy/exchange.rs`; `rules`
+//! known of it, with the rules of `src/pool`, `silence` what is made of its silence and
+//! `crowd` of those who wait; `world` lets it happen, with the steps of `src/proxy/exchange.rs`; `rules`
 //! are what must hold at every step and at the end. A new policy is asked in `gateway` or `world`, where `src/pool` or
 //! `src/proxy` ask it, and its promise becomes a rule.
 //!
@@ -15,6 +17,7 @@
 //! EVERGATE_SEED=17 cargo test --test simulation replay -- --nocapture     one, with every decision
 //! ```
 
+mod crowd;
 mod gateway;
 mod plan;
 mod replica;
@@ -98,6 +101,14 @@ const MUST_BE_MET: &[&str] = &[
     "nobody: all tried",
     "nobody: busy",
     "nobody: down",
+    "nobody: full",
+    "nobody: queue full",
+    // What becomes of those who wait.
+    "queued",
+    "let in",
+    "let in by the pace",
+    "turn while all priorities wait",
+    "cap learned",
     // What becomes of backends.
     "ejected",
     "consecutive_faults",

@@ -6,11 +6,13 @@
 
 use crate::replica::{Ailment, Clocks, Request, Span};
 use evergate::policy::Moment;
+use evergate::policy::admission::{LengthMax, Priority, QueuePolicy};
 use evergate::policy::balance::{AffinityKey, BalancePolicy};
 use evergate::policy::health::{Administrative, HealthPolicy, ProbeVerdict};
 use evergate::policy::outlier::OutlierPolicy;
 use evergate::policy::progress::ProgressPolicy;
 use evergate::policy::retry::{Replay, RetryPolicy};
+use std::num::NonZeroU32;
 use std::time::Duration;
 
 /// Ordinary time between probes, and while something may change.
@@ -28,6 +30,7 @@ pub(crate) struct Policies {
     pub(crate) balance: BalancePolicy,
     pub(crate) outlier: OutlierPolicy,
     pub(crate) progress: ProgressPolicy,
+    pub(crate) queue: QueuePolicy,
     pub(crate) clocks: Clocks,
 }
 
@@ -121,6 +124,14 @@ fn policies(rng: &mut fastrand::Rng) -> Policies {
         progress.token_gap_unknown = progress.token_gap_min + secs(rng.f64() * 2.0);
         progress.hedge_ratio = *pick(rng, &[0.05, 0.05, 0.2, 1.0, 0.0]);
     }
+    let mut queue = QueuePolicy::default();
+    if rng.bool() {
+        queue.wait_max = secs(rng.f64() * 5.0);
+        queue.length_max = match rng.u8(..3) {
+            0 => LengthMax::Most(NonZeroU32::MIN.saturating_add(rng.u32(..8))),
+            _ => LengthMax::Auto,
+        };
+    }
     let balance = match rng.u8(..8) {
         0 => BalancePolicy::RoundRobin,
         1 | 2 => BalancePolicy::LeastLoad,
@@ -135,7 +146,7 @@ fn policies(rng: &mut fastrand::Rng) -> Policies {
         assert_eq!(valid, Ok(()), "{of}");
     }
     assert_eq!(progress.validate(), Ok(()), "progress");
-    Policies { health, retry, balance, outlier, progress, clocks }
+    Policies { health, retry, balance, outlier, progress, queue, clocks }
 }
 
 fn member(i: usize, count: usize, trouble: Duration, rng: &mut fastrand::Rng) -> Member {
@@ -227,6 +238,7 @@ fn request(rng: &mut fastrand::Rng) -> Request {
         streams: rng.u8(..3) > 0,
         first_token: secs(*pick(rng, &[0.05, 0.1, 0.2, 0.5, 1.0])),
         tokens: *pick(rng, &[1, 5, 20, 50, 100]),
+        priority: *pick(rng, &Priority::ALL),
         always: match rng.u8(..30) {
             0 => Some(500),
             1 => Some(400),
@@ -243,6 +255,7 @@ fn calm_request(rng: &mut fastrand::Rng) -> Request {
         // So soon that chance alone makes nobody slow: all are below what anyone notices.
         first_token: secs(0.06),
         tokens: 5,
+        priority: Priority::Normal,
         always: None,
         patience: None,
     }

@@ -4,6 +4,7 @@
 //! gateway: it states facts, and the policies judge them.
 
 use evergate::policy::Moment;
+use evergate::policy::admission::Priority;
 use evergate::policy::dialect::ErrorClass;
 use evergate::policy::health::ProbeVerdict;
 use evergate::policy::retry::{Cause, Facts, Phase};
@@ -22,6 +23,8 @@ pub(crate) struct Request {
     pub(crate) tokens: u32,
     /// Every replica answers it with this status: the client's fault, or a request that breaks engines.
     pub(crate) always: Option<u16>,
+    /// Who goes first where there is a line.
+    pub(crate) priority: Priority,
     /// The client leaves after so long.
     pub(crate) patience: Option<Duration>,
 }

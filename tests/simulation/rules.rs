@@ -5,6 +5,7 @@ use crate::gateway::{Change, Choice, Gateway, Grant, Told};
 use crate::plan::{Plan, Policies};
 use crate::silence::AFTERMATH;
 use evergate::policy::Moment;
+use evergate::policy::admission::Priority;
 use evergate::policy::health::{EjectReason, Observation, ProbeVerdict, Standing, Transition};
 use evergate::policy::progress::{Proof, Work};
 use std::collections::BTreeMap;
@@ -16,6 +17,10 @@ const BURST_REFILL: f64 = 30.0;
 const BURST_MIN: u32 = 8;
 /// How far back hedges are counted.
 const HEDGE_WINDOW: Duration = Duration::from_secs(10);
+/// How a crowd is let in (`policy::admission`).
+const PACE_START: u32 = 8;
+const PACE_DOUBLING: Duration = Duration::from_millis(250);
+const PACE_LASTS: Duration = Duration::from_secs(2);
 /// Attempts at suspects that may come at once.
 const SUSPECTS_AT_ONCE: f64 = 2.0;
 /// Attempts that sent nothing, beyond one for each backend.
@@ -46,6 +51,20 @@ pub(crate) struct Rules {
     stuck_at: Option<Moment>,
     /// When rescued work was last sent there.
     rescued_to: Vec<Option<Moment>>,
+    /// Who waits in the line.
+    waiting: BTreeMap<usize, Priority>,
+    /// Turns given while all priorities waited, and those of them that the lowest got.
+    turns: (u32, u32),
+    /// A crowd that is being let in.
+    crowd: Option<Crowd>,
+}
+
+/// A crowd that is being let in.
+struct Crowd {
+    began: Moment,
+    returns: u32,
+    let_in: u32,
+    spoke: u32,
 }
 
 impl Rules {
@@ -66,6 +85,9 @@ impl Rules {
             tokens: vec![Moment::ZERO; members],
             stuck_at: None,
             rescued_to: vec![None; members],
+            waiting: BTreeMap::new(),
+            turns: (0, 0),
+            crowd: None,
         }
     }
 
@@ -208,6 +230,82 @@ impl Rules {
     /// The attempt at the suspect that was asked last, or before, sent nothing.
     pub(crate) fn refunded(&mut self) {
         self.retries.pop();
+    }
+
+    /// One waits in line.
+    pub(crate) fn joined(&mut self, x: usize, priority: Priority, length_max: usize) {
+        self.count("queued");
+        let before = self.waiting.insert(x, priority);
+        self.require(before.is_none(), "nobody waits twice", || format!("x{x}"));
+        let waiting = self.waiting.len();
+        self.require(waiting <= length_max, "the queue is bounded", || {
+            format!("{waiting} wait, {length_max} may")
+        });
+    }
+
+    /// It waits no more.
+    pub(crate) fn left(&mut self, x: usize) {
+        let waited = self.waiting.remove(&x);
+        self.require(waited.is_some(), "whoever waits leaves exactly once", || format!("x{x}"));
+    }
+
+    /// It had its turn, and found a backend.
+    pub(crate) fn let_in(&mut self, x: usize, paced: bool, now: Moment) {
+        let waits = |priority: &Priority| self.waiting.values().any(|other| other == priority);
+        let all = Priority::ALL.iter().all(waits);
+        let low = u32::from(self.waiting.get(&x) == Some(&Priority::Low));
+        self.left(x);
+        self.count("let in");
+        self.turns = if all { (self.turns.0 + 1, self.turns.1 + low) } else { (0, 0) };
+        let (turns, lowest) = self.turns;
+        if all {
+            self.count("turn while all priorities wait");
+        }
+        self.require(turns < 10 * (lowest + 2), "the lowest priority gets every tenth turn", || {
+            format!("{lowest} of {turns}")
+        });
+        if !paced {
+            return;
+        }
+        self.count("let in by the pace");
+        let Some(crowd) = &mut self.crowd else { return };
+        crowd.let_in += 1;
+        let doublings = now.since(crowd.began).as_secs_f64() / PACE_DOUBLING.as_secs_f64();
+        let most = f64::from(PACE_START * crowd.returns) * doublings.exp2() + 2.0 * f64::from(crowd.spoke);
+        let made = crowd.let_in;
+        self.require(f64::from(made) < most + 1.0, "a crowd is let in by and by", || {
+            format!("{made} are in, {most} may")
+        });
+    }
+
+    /// A backend returned while somebody waits.
+    pub(crate) fn backend_returned(&mut self, now: Moment) {
+        match &mut self.crowd {
+            Some(crowd) if now.since(crowd.began) < PACE_LASTS => crowd.returns += 1,
+            crowd => *crowd = Some(Crowd { began: now, returns: 1, let_in: 0, spoke: 0 }),
+        }
+    }
+
+    /// Something else is the limit now.
+    pub(crate) fn pace_over(&mut self) {
+        self.crowd = None;
+    }
+
+    /// One of those let in got its first token.
+    pub(crate) fn paced_one_spoke(&mut self) {
+        if let Some(crowd) = &mut self.crowd {
+            crowd.spoke += 1;
+        }
+    }
+
+    /// A backend has refused one, and its cap was learned.
+    pub(crate) fn refused(&mut self, gateway: &Gateway, i: usize) {
+        let Some(cap) = gateway.crowd.learned(i) else { return };
+        self.count("cap learned");
+        let proven = gateway.crowd.proven(i);
+        self.require(cap >= proven.max(1), "no cap is below what succeeded", || {
+            format!("{i}: {cap}, {proven} were served")
+        });
     }
 
     /// An attempt begins.
@@ -401,6 +499,8 @@ impl Rules {
         self.require(arrived == ended, "every exchange ends exactly once", || {
             format!("{ended} of {arrived} ended")
         });
+        let waiting: Vec<usize> = self.waiting.keys().copied().collect();
+        self.require(waiting.is_empty(), "whoever waits leaves exactly once", || format!("{waiting:?}"));
         let left: Vec<u32> = gateway.backends.iter().map(|backend| backend.in_flight).collect();
         self.require(left.iter().all(|n| *n == 0), "in-flight returns to zero", || format!("{left:?}"));
     }

@@ -4,6 +4,7 @@ use crate::plan::{Member, Plan};
 use crate::replica::{Ailment, Clocks, Request, Span};
 use crate::world::live_plan;
 use evergate::policy::Moment;
+use evergate::policy::admission::{Priority, QueuePolicy};
 use evergate::policy::balance::BalancePolicy;
 use evergate::policy::health::HealthPolicy;
 use evergate::policy::outlier::OutlierPolicy;
@@ -36,6 +37,7 @@ fn plan(ailments: &[Option<Ailment>], per_second: u32) -> Plan {
         streams: true,
         first_token: Duration::from_millis(100),
         tokens: 50,
+        priority: Priority::Normal,
         always: None,
         patience: None,
     };
@@ -50,6 +52,7 @@ fn plan(ailments: &[Option<Ailment>], per_second: u32) -> Plan {
             balance: BalancePolicy::default(),
             outlier: OutlierPolicy::default(),
             progress: ProgressPolicy::default(),
+            queue: QueuePolicy::default(),
             clocks,
         },
         members: members.collect(),

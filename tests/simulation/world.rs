@@ -9,6 +9,7 @@ use crate::plan::{PROBE_EVERY, PROBE_JITTER, Plan};
 use crate::replica::{Ailment, Fate, GAP, Replica, Request};
 use crate::rules::Rules;
 use evergate::policy::Moment;
+use evergate::policy::admission::Full;
 use evergate::policy::health::{Observation, ProbeVerdict, Transition};
 use evergate::policy::outlier::Measure;
 use evergate::policy::progress::{Kind, SoftClocks, Verified, Work};
@@ -28,8 +29,6 @@ const WATCH_EVERY: Duration = Duration::from_millis(250);
 const VERIFY_TIMEOUT: Duration = Duration::from_secs(1);
 /// A long stream tells its speed so often.
 const STRETCH: Duration = Duration::from_secs(2);
-/// A busy backend is waited for at least so long.
-const ALARM_TICK: Duration = Duration::from_millis(25);
 /// More events than this are a loop.
 const EVENTS_MAX: usize = 200_000;
 
@@ -91,6 +90,10 @@ enum Event {
         exchange: usize,
         attempt: u64,
     },
+    /// Whose turn it is: a slot was freed, or somebody may find a backend now.
+    Call {
+        look: bool,
+    },
     Verified {
         backend: usize,
         asked: Moment,
@@ -146,7 +149,13 @@ struct Exchange {
     blamed: Option<usize>,
     /// The latest failure was of a request that had been sent: the budget has paid for the next.
     paid: bool,
-    wait_until: Option<Moment>,
+    /// End of all waiting for a slot, and for a backend that is down or asked for a pause.
+    slot_until: Option<Moment>,
+    backend_until: Option<Moment>,
+    /// Attempts there had been when it began to wait for a pause to end.
+    pause_after: Option<u32>,
+    /// It was let in from a crowd, which hears of its first token.
+    paced: bool,
     kind: Kind,
     /// How the latest attempt failed.
     failed: Option<Cause>,
@@ -160,8 +169,6 @@ struct World {
     gateway: Gateway,
     replicas: Vec<Replica>,
     exchanges: Vec<Exchange>,
-    /// In the order in which they began to wait.
-    waiters: Vec<usize>,
     queue: BinaryHeap<Reverse<(Moment, u64, Event)>>,
     sequence: u64,
     probe_epochs: Vec<u32>,
@@ -186,7 +193,6 @@ impl World {
             gateway: Gateway::new(&plan, seed ^ 0x5eed),
             replicas: vec![Replica::default(); members],
             exchanges: Vec::new(),
-            waiters: Vec::new(),
             queue: BinaryHeap::new(),
             sequence: 0,
             probe_epochs: vec![0; members],
@@ -289,7 +295,7 @@ impl World {
                 self.rules.count(state.name());
                 self.gateway.backends[backend].admin = state;
                 self.settle();
-                self.wake_all();
+                self.look_again();
             }
             Event::Joins(backend) => {
                 self.note(|| format!("b{backend}: joins"));
@@ -300,12 +306,14 @@ impl World {
             Event::Look => {
                 let mut changes = Vec::new();
                 self.gateway.look(self.now, &mut changes);
+                self.gateway.crowd.forget_caps(self.now);
                 self.take(&changes);
                 if self.now < self.plan.end {
                     self.at(self.now + LOOK_EVERY, Event::Look);
                 }
             }
             Event::Watch => self.watch(),
+            Event::Call { look } => self.call(look),
             Event::Late { exchange, attempt } => self.late(exchange, attempt),
             Event::Beside { exchange, attempt } => {
                 if let Some(beside) = self.exchanges[exchange].beside.filter(|beside| beside.id == attempt) {
@@ -457,11 +465,11 @@ impl World {
                 | Transition::ProbesFailed { .. } => {
                     self.rescue(i);
                 }
-                Transition::Probation
-                | Transition::ProbesPassed { .. }
+                Transition::Probation => self.look_again(),
+                Transition::ProbesPassed { .. }
                 | Transition::ProvenByTraffic
                 | Transition::RefusalOver
-                | Transition::Readmitted { .. } => self.wake_all(),
+                | Transition::Readmitted { .. } => self.backend_returned(),
                 _ => {}
             }
             let soon = self.now + PROBE_EVERY.1;
@@ -481,6 +489,7 @@ impl World {
         if self.now < self.plan.end || !self.live.is_empty() {
             self.at(self.now + WATCH_EVERY, Event::Watch);
         }
+        self.look_again();
         let work = self.unfinished();
         let usable: Vec<bool> = (0..work.len()).map(|i| self.gateway.is_eligible(i, self.now)).collect();
         for found in self.gateway.silence.look(&work, &usable, self.now) {
@@ -560,7 +569,7 @@ impl World {
             return self.at(due, Event::Late { exchange: x, attempt: id });
         }
         self.rules.count("late");
-        if !self.replayable(x) || !self.waiters.is_empty() {
+        if !self.replayable(x) || self.gateway.crowd.len() > 0 {
             return;
         }
         let mut tried = self.exchanges[x].tried.clone();
@@ -691,7 +700,10 @@ impl World {
             fresh: false,
             blamed: None,
             paid: false,
-            wait_until: None,
+            slot_until: None,
+            backend_until: None,
+            pause_after: None,
+            paced: false,
             kind: kind_of(&request),
             failed: None,
             beside: None,
@@ -714,41 +726,145 @@ impl World {
     }
 
     fn choose(&mut self, x: usize) {
+        // Whoever arrives while others wait joins behind them.
+        let arrives = self.exchanges[x].history.attempts() == 0 && self.gateway.crowd.len() > 0;
+        let picked =
+            if arrives { Err(self.gateway.nobody(&self.exchanges[x].tried, self.now)) } else { self.pick(x) };
+        match picked {
+            Ok(choice) => self.attempt(x, choice),
+            Err(nobody) => self.found_nobody(x, nobody),
+        }
+    }
+
+    fn pick(&mut self, x: usize) -> Result<Choice, Nobody> {
         let replayable = self.replayable(x);
-        let (tried, key) = (self.exchanges[x].tried.clone(), self.exchanges[x].key);
-        let paid = self.exchanges[x].paid;
-        let proven_since = self.exchanges[x].failed.map(|_| self.exchanges[x].began);
-        let nobody = match self.gateway.pick(&tried, replayable, paid, key, proven_since, self.now) {
-            Ok(choice) => return self.attempt(x, choice),
-            Err(nobody) => nobody,
-        };
-        self.rules.nobody(&self.gateway, &tried, self.now);
+        let exchange = &self.exchanges[x];
+        let proven_since = exchange.failed.map(|_| exchange.began);
+        let (key, paid) = (exchange.key, exchange.paid);
+        let picked = self.gateway.pick(&exchange.tried, replayable, paid, key, proven_since, self.now);
+        if picked.is_err() {
+            self.rules.nobody(&self.gateway, &self.exchanges[x].tried, self.now);
+        }
+        picked
+    }
+
+    /// It waits, if that may be for something.
+    fn found_nobody(&mut self, x: usize, nobody: Nobody) {
         let Some(until) = self.may_wait(x, nobody) else { return self.end(x, end_of(nobody)) };
         self.rules.count("waits");
         self.note(|| format!("x{x}: waits, {nobody:?}"));
         if nobody == Nobody::AllTried {
-            self.rules.another_round(&self.gateway, &tried, self.now);
-            self.exchanges[x].rounds += 1;
-            let rounds = self.exchanges[x].rounds;
-            let pause = backoff(&self.plan.policies.retry, rounds, &mut self.gateway.rng);
-            let bound = self.plan.policies.retry.backoff_max;
-            self.rules.require(pause <= bound, "a pause is bounded", || format!("{pause:?}"));
-            self.exchanges[x].state = State::BackingOff;
-            return self.due_at(x, self.now + pause.min(until.since(self.now)));
+            return self.back_off(x, until);
         }
-        self.exchanges[x].state = State::Waiting { until };
-        self.waiters.push(x);
-        self.due_at(x, until);
+        let exchange = &self.exchanges[x];
+        let again = exchange.history.attempts() > 0;
+        let (priority, began) = (exchange.request.priority, again.then_some(exchange.began));
+        let length_max = self.gateway.queue_length_max(self.now);
+        match self.gateway.crowd.join(x, priority, began, (until, length_max), self.now) {
+            Ok(()) => {
+                self.rules.joined(x, priority, length_max);
+                self.exchanges[x].state = State::Waiting { until };
+                self.due_at(x, until);
+            }
+            Err(Full) => self.end(x, if again { end_of(nobody) } else { "nobody: queue full" }),
+        }
+    }
+
+    /// Everybody was tried: a pause before the next round.
+    fn back_off(&mut self, x: usize, until: Moment) {
+        let tried = self.exchanges[x].tried.clone();
+        self.rules.another_round(&self.gateway, &tried, self.now);
+        self.exchanges[x].rounds += 1;
+        let rounds = self.exchanges[x].rounds;
+        let pause = backoff(&self.plan.policies.retry, rounds, &mut self.gateway.rng);
+        let bound = self.plan.policies.retry.backoff_max;
+        self.rules.require(pause <= bound, "a pause is bounded", || format!("{pause:?}"));
+        self.exchanges[x].state = State::BackingOff;
+        self.due_at(x, self.now + pause.min(until.since(self.now)));
     }
 
     fn may_wait(&mut self, x: usize, nobody: Nobody) -> Option<Moment> {
-        let now = self.now;
-        let end = *self.exchanges[x].wait_until.get_or_insert(now + self.plan.policies.retry.wait_max);
-        match nobody {
-            _ if end <= now => None,
-            Nobody::Busy(Some(until)) if until > end => None,
-            Nobody::Busy(Some(until)) => Some(until.max(now + ALARM_TICK).min(end)),
-            Nobody::Busy(None) | Nobody::Down | Nobody::AllTried => Some(end),
+        let (now, policies) = (self.now, &self.plan.policies);
+        let exchange = &mut self.exchanges[x];
+        let (end, most) = match nobody {
+            Nobody::Full => (&mut exchange.slot_until, policies.queue.wait_max),
+            Nobody::Busy(_) | Nobody::Down | Nobody::AllTried => {
+                (&mut exchange.backend_until, policies.retry.wait_max)
+            }
+        };
+        let end = *end.get_or_insert(now + most);
+        if end <= now {
+            return None;
+        }
+        if let Nobody::Busy(until) = nobody {
+            let attempts = exchange.history.attempts();
+            let pauses_over = *exchange.pause_after.get_or_insert(attempts) < attempts;
+            if until > end || pauses_over {
+                return None;
+            }
+        }
+        Some(end)
+    }
+
+    // The line
+
+    /// Calls one after another, by `src/pool/line.rs`.
+    fn call(&mut self, look: bool) {
+        let mut in_vain = 0;
+        while let Some(called) = self.gateway.crowd.next(in_vain, self.now) {
+            let x = called.exchange;
+            match self.pick(x) {
+                Ok(choice) => {
+                    let paced = self.gateway.crowd.let_in(self.now);
+                    self.exchanges[x].paced = paced;
+                    self.rules.let_in(x, paced, self.now);
+                    self.attempt(x, choice);
+                    in_vain = 0;
+                }
+                Err(nobody) => {
+                    let full = nobody == Nobody::Full;
+                    match self.may_wait(x, nobody) {
+                        Some(until) if nobody == Nobody::AllTried => {
+                            self.rules.left(x);
+                            self.back_off(x, until);
+                        }
+                        Some(until) => {
+                            self.gateway.crowd.in_vain(called, until, look);
+                            if look {
+                                self.rules.pace_over();
+                            }
+                            self.exchanges[x].state = State::Waiting { until };
+                            self.due_at(x, until);
+                            in_vain += 1;
+                            if full {
+                                return;
+                            }
+                        }
+                        None => {
+                            self.rules.left(x);
+                            self.end(x, end_of(nobody));
+                        }
+                    }
+                }
+            }
+            if !look {
+                return;
+            }
+        }
+    }
+
+    /// Somebody who waits may find a backend now.
+    fn look_again(&mut self) {
+        if self.gateway.crowd.len() > 0 {
+            self.at(self.now, Event::Call { look: true });
+        }
+    }
+
+    fn backend_returned(&mut self) {
+        if self.gateway.crowd.len() > 0 {
+            self.gateway.crowd.backend_returned(self.now);
+            self.rules.backend_returned(self.now);
+            self.look_again();
         }
     }
 
@@ -766,8 +882,19 @@ impl World {
                 self.rules.require(now <= until, "no exchange waits beyond its clocks", || {
                     format!("x{x} at {now:?}")
                 });
-                self.waiters.retain(|waiter| *waiter != x);
-                self.choose(x);
+                let nobody = self.gateway.nobody(&self.exchanges[x].tried, now);
+                match self.may_wait(x, nobody) {
+                    // For something else by now.
+                    Some(until) if nobody != Nobody::AllTried => {
+                        self.gateway.crowd.stay(x, until);
+                        self.exchanges[x].state = State::Waiting { until };
+                        self.due_at(x, until);
+                    }
+                    _ => {
+                        self.leave_line(x);
+                        self.end(x, end_of(nobody));
+                    }
+                }
             }
             State::BackingOff => {
                 self.exchanges[x].tried.clear();
@@ -1004,6 +1131,24 @@ impl World {
         if observation == Observation::Fault {
             self.exchanges[x].blamed = Some(i);
         }
+        let in_flight = self.gateway.backends[i].in_flight;
+        match observation {
+            Observation::FirstToken => {
+                self.gateway.crowd.took_one(i, in_flight, self.now);
+                if std::mem::take(&mut self.exchanges[x].paced) {
+                    if let Some(pace) = &mut self.gateway.crowd.pace {
+                        pace.proven();
+                    }
+                    self.rules.paced_one_spoke();
+                    self.look_again();
+                }
+            }
+            Observation::Busy { .. } => {
+                self.gateway.crowd.refused_one(i, in_flight, self.now);
+                self.rules.refused(&self.gateway, i);
+            }
+            _ => {}
+        }
         self.observe(i, observation);
         if whole {
             self.observe(i, Observation::Success);
@@ -1063,7 +1208,7 @@ impl World {
                 self.let_go(attempt);
             }
             State::Relaying(attempt) => self.let_go(attempt),
-            State::Waiting { .. } => self.waiters.retain(|waiter| *waiter != x),
+            State::Waiting { .. } => self.leave_line(x),
             State::BackingOff => {}
         }
         self.end(x, "client left");
@@ -1077,23 +1222,15 @@ impl World {
         }
         self.gateway.release(i);
         self.rules.ends();
-        if !self.waiters.is_empty() {
-            let x = self.waiters.remove(0);
-            self.wake(x);
+        if self.gateway.crowd.len() > 0 {
+            self.at(self.now, Event::Call { look: false });
         }
     }
 
-    fn wake_all(&mut self) {
-        for x in std::mem::take(&mut self.waiters) {
-            self.wake(x);
-        }
-    }
-
-    /// Looks again as soon as whoever woke it is done.
-    fn wake(&mut self, x: usize) {
-        if let State::Waiting { .. } = self.exchanges[x].state {
-            self.due_at(x, self.now);
-        }
+    fn leave_line(&mut self, x: usize) {
+        let waited = self.gateway.crowd.leave(x);
+        self.rules.require(waited, "whoever waits has a place", || format!("x{x}"));
+        self.rules.left(x);
     }
 
     fn end(&mut self, x: usize, how: &'static str) {
@@ -1110,7 +1247,8 @@ impl World {
         let clocks = &self.plan.policies.clocks;
         let attempts = exchange.history.attempts() + 1;
         let most = (clocks.first_token + clocks.connect + clocks.stream) * attempts
-            + self.plan.policies.retry.wait_max;
+            + self.plan.policies.retry.wait_max
+            + self.plan.policies.queue.wait_max;
         let took = self.now.since(exchange.began);
         self.rules
             .require(took <= most, "no exchange waits beyond its clocks", || format!("x{x} took {took:?}"));
@@ -1138,6 +1276,7 @@ fn latest_token(first: Moment, gap: Duration, now: Moment) -> Moment {
 
 fn end_of(nobody: Nobody) -> &'static str {
     match nobody {
+        Nobody::Full => "nobody: full",
         Nobody::Busy(_) => "nobody: busy",
         Nobody::Down => "nobody: down",
         Nobody::AllTried => "nobody: all tried",
