@@ -71,6 +71,10 @@ impl Crowd {
         (deadline, length_max): (Moment, usize),
         now: Moment,
     ) -> Result<(), Full> {
+        // Those whose time is up and who have not left yet are counted, too.
+        if self.places.len() >= length_max {
+            return Err(Full);
+        }
         let place = self.queue.join(now, length_max, (priority, admitted.unwrap_or(now)), deadline, x)?;
         self.places.insert(x, place);
         Ok(())

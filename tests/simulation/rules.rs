@@ -47,8 +47,11 @@ pub(crate) struct Rules {
     hedges_under_way: u32,
     /// The latest token each backend really gave.
     tokens: Vec<Moment>,
-    /// When the latest backend was ejected as stuck.
+    /// When the latest backend was ejected as stuck, and the first.
     stuck_at: Option<Moment>,
+    pub(crate) first_stuck: Option<(usize, Moment)>,
+    /// Most that waited in line at a time.
+    pub(crate) longest_line: usize,
     /// When rescued work was last sent there.
     rescued_to: Vec<Option<Moment>>,
     /// Who waits in the line.
@@ -84,6 +87,8 @@ impl Rules {
             hedges_under_way: 0,
             tokens: vec![Moment::ZERO; members],
             stuck_at: None,
+            first_stuck: None,
+            longest_line: 0,
             rescued_to: vec![None; members],
             waiting: BTreeMap::new(),
             turns: (0, 0),
@@ -225,6 +230,7 @@ impl Rules {
             format!("{i} gave a token at {last:?}, after {after:?}; {eligible_before} were eligible")
         });
         self.stuck_at = Some(now);
+        self.first_stuck.get_or_insert((i, now));
     }
 
     /// The attempt at the suspect that was asked last, or before, sent nothing.
@@ -238,6 +244,7 @@ impl Rules {
         let before = self.waiting.insert(x, priority);
         self.require(before.is_none(), "nobody waits twice", || format!("x{x}"));
         let waiting = self.waiting.len();
+        self.longest_line = self.longest_line.max(waiting);
         self.require(waiting <= length_max, "the queue is bounded", || {
             format!("{waiting} wait, {length_max} may")
         });

@@ -9,7 +9,7 @@ use crate::plan::{PROBE_EVERY, PROBE_JITTER, Plan};
 use crate::replica::{Ailment, Fate, GAP, Replica, Request};
 use crate::rules::Rules;
 use evergate::policy::Moment;
-use evergate::policy::admission::Full;
+use evergate::policy::admission::{Full, Priority};
 use evergate::policy::health::{Observation, ProbeVerdict, Transition};
 use evergate::policy::outlier::Measure;
 use evergate::policy::progress::{Kind, SoftClocks, Verified, Work};
@@ -1236,6 +1236,13 @@ impl World {
     fn end(&mut self, x: usize, how: &'static str) {
         self.note(|| format!("x{x}: {how}"));
         self.rules.count(how);
+        if how == "answered" {
+            self.rules.count(match self.exchanges[x].request.priority {
+                Priority::High => "answered, high",
+                Priority::Normal => "answered, normal",
+                Priority::Low => "answered, low",
+            });
+        }
         let twice = matches!(self.exchanges[x].state, State::Ended);
         self.rules.require(!twice, "every exchange ends exactly once", || format!("x{x}: {how}"));
         let exchange = &mut self.exchanges[x];
