@@ -82,6 +82,7 @@ impl Exchange {
         let movable = self.is_replayable();
         let want = match () {
             () if self.asked.upgrade.is_some() => Want::Upgradable,
+            () if self.body.is_streamed() => Want::Streamed,
             () if self.fresh => Want::Fresh,
             // A kept connection may be closing: what was sent on it may or may not have been executed.
             () if !movable => Want::Sure,
