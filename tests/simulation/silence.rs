@@ -154,9 +154,9 @@ impl Silence {
             clocks.token_gap = policy.late_token(usual);
         }
         let mut found = Vec::new();
-        for i in 0..work.len() {
+        for (i, unfinished) in work.iter().enumerate() {
             let peers = Peers { of: i, signs: &self.signs };
-            let standstill = standstill(&work[i], self.signs[i].moved, &self.clocks, &peers, now);
+            let standstill = standstill(unfinished, self.signs[i].moved, &self.clocks, &peers, now);
             match standstill {
                 Some(standstill) => found.push(self.suspect(i, standstill, now)),
                 None => self.signs[i].suspect = false,
