@@ -14,6 +14,7 @@ mod inquest;
 mod ledger;
 mod leg;
 mod models;
+mod opinion;
 mod relay;
 mod replay_body;
 mod respond;

@@ -23,13 +23,14 @@ use crate::pool::Backend;
 use crate::proxy::attempt::{Answer, Outcome, cut};
 use crate::proxy::hedge::Tried;
 use crate::proxy::ledger::Entry;
+use crate::proxy::opinion::{self, Opinions, Over, Settled, Taken};
 use crate::proxy::relay::Serving;
 use crate::proxy::respond::last_event;
 use crate::proxy::resume::{self, Next, Resumer};
 use crate::proxy::token_stream::{Ending, TokenStream};
 use crate::proxy::watch::Stage;
 use crate::sse::Decoder;
-use crate::telemetry::events::StreamResumed;
+use crate::telemetry::events::{OutputDisputed, StreamResumed};
 use crate::telemetry::metrics::{AttemptOutcome, End};
 use crate::upstream::InBody;
 
@@ -47,6 +48,8 @@ pub(super) struct EventRelay {
     gaps: Gaps,
     /// None where the stream cannot be resumed.
     resume: Option<Box<Resumer>>,
+    /// Watches the first leg for one token said over and over; none where nobody could be asked about it.
+    opinions: Option<Box<Opinions>>,
     /// What the splice has written of the leg under way; none for the first leg.
     spliced: Option<Spliced>,
     /// A leg has broken for this reason, and another is being looked for.
@@ -116,6 +119,7 @@ impl EventRelay {
         resume: Option<Box<Resumer>>,
     ) -> Self {
         let (gaps, spliced, broken) = (Gaps::default(), None, None);
+        let opinions = resume.as_ref().and_then(|_| Opinions::of(&serving.choice.pool));
         let mut relay = Self {
             ahead,
             body,
@@ -126,6 +130,7 @@ impl EventRelay {
             clocks,
             gaps,
             resume,
+            opinions,
             spliced,
             broken,
             gap_since: Moment::ZERO,
@@ -133,7 +138,7 @@ impl EventRelay {
         };
         relay.note_ahead();
         relay.begin_leg();
-        if relay.body.is_none() {
+        if relay.body.is_none() && !relay.defers(Over::Ended(Ok(()))) {
             relay.serving.complete();
         }
         relay
@@ -152,6 +157,11 @@ impl EventRelay {
     /// Events that came before the gate are the client's, too.
     fn note_ahead(&mut self) {
         let Some(resume) = &mut self.resume else { return };
+        if let Some(opinions) = &mut self.opinions {
+            let wary = self.serving.choice.record.is_wary();
+            let (room, ask) = opinions.feed_ahead(self.endpoint, &mut self.ahead, resume, wary);
+            return self.keep_watching(room, ask);
+        }
         let (mut decoder, mut room) = (Decoder::new(usize::MAX), true);
         for chunk in &self.ahead {
             // The gate holds whole events, and no more of them than it may.
@@ -163,6 +173,126 @@ impl EventRelay {
         self.resume = self.resume.take().filter(|_| room);
     }
 
+    /// A chunk of the first leg was read: is there still `room` for what the client has, and is a peer to be asked?
+    fn keep_watching(&mut self, room: bool, ask: bool) {
+        if !room {
+            self.stop_watching();
+            self.resume = None;
+        } else if ask
+            && let (Some(opinions), Some(resume)) = (&mut self.opinions, &mut self.resume)
+            && !opinions.ask(resume, self.serving.choice.backend().id, self.serving.ledger.attempts())
+        {
+            self.serving.choice.pool.state.metrics.count_opinion("none");
+            self.release_held();
+        }
+    }
+
+    /// What is held goes to the client, and nothing more is.
+    fn stop_watching(&mut self) {
+        self.release_held();
+        self.opinions = None;
+    }
+
+    fn release_held(&mut self) {
+        let (Some(opinions), Some(resume)) = (&mut self.opinions, &mut self.resume) else { return };
+        let room = opinions.release(&mut self.ahead, resume);
+        let over = opinions.take_over();
+        if !room {
+            (self.opinions, self.resume) = (None, None);
+        }
+        match over {
+            None => {}
+            Some(Over::Ended(clean)) => self.end(clean),
+            Some(Over::Broke(cause)) => self.broke(cause),
+        }
+    }
+
+    /// Whether the end of the leg has to wait for a second opinion. If not, nothing is held any more.
+    fn defers(&mut self, over: Over) -> bool {
+        let defers = self.opinions.as_mut().is_some_and(|opinions| opinions.defers(over));
+        if !defers {
+            self.release_held();
+        }
+        defers
+    }
+
+    /// What became of what is held.
+    fn poll_opinion(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let Some(opinions) = self.opinions.as_mut().filter(|opinions| !opinions.is_idle()) else {
+            return Poll::Pending;
+        };
+        let wary = self.serving.choice.record.is_wary();
+        let worker = self.serving.ledger.worker().clone();
+        let Serving { ledger, choice, .. } = &mut self.serving;
+        let Poll::Ready(settled) = opinions.poll(cx, &worker, wary, |entry| ledger.attempt(entry)) else {
+            return Poll::Pending;
+        };
+        match settled {
+            Settled::Release(result) => {
+                result.into_iter().for_each(|result| choice.pool.state.metrics.count_opinion(result));
+                self.release_held();
+            }
+            Settled::Replace(taken) => self.take_opinion(*taken),
+            Settled::Disputed { peer, offence } => {
+                self.tell_disputed(&peer, false, offence);
+                self.release_held();
+            }
+            Settled::GoOn(result) => {
+                result.into_iter().for_each(|result| choice.pool.state.metrics.count_opinion(result));
+            }
+        }
+        Poll::Ready(())
+    }
+
+    fn tell_disputed(&self, peer: &str, replaced: bool, offence: bool) {
+        let Serving { choice, ledger, .. } = &self.serving;
+        choice.pool.state.metrics.count_opinion(if replaced { "replaced" } else { "disputed" });
+        let request_id = ledger.id.to_str().unwrap_or_default();
+        OutputDisputed { at: &choice.backend().metrics, request_id, peer, replaced }
+            .emit(ledger.worker().telemetry());
+        if let Some(resume) = self.resume.as_ref().filter(|_| offence) {
+            choice.offended(resume.canary());
+        }
+    }
+
+    /// A peer said something else than what is held: the client gets that instead.
+    fn take_opinion(&mut self, taken: Taken) {
+        let Taken { splice, plan, out, tried, stream, body, offence } = taken;
+        let Tried { choice, outcome, watch } = tried;
+        self.tell_disputed(&choice.backend().name, true, offence);
+        self.opinions = None;
+        let Some(resume) = &mut self.resume else { return };
+        resume.adopt(splice, plan, self.serving.choice.backend().id);
+        let done = resume.splice.is_done();
+        let finished = resume.splice.is_finished();
+        self.serving.choice.in_flight.rests();
+        self.serving.abandon("degenerate");
+        self.serving.ledger.attempt(Entry {
+            backend: choice.backend().clone(),
+            role: opinion::ROLE,
+            outcome: AttemptOutcome::Success,
+            cause: "",
+            phase: "",
+            reused: outcome.facts.reused,
+            started: outcome.started,
+            first_byte: outcome.first_byte,
+            lasted: None,
+        });
+        self.serving.ledger.resumed();
+        self.serving.take_over(choice, watch, outcome.started);
+        (self.stream, self.body) = (stream, body);
+        (self.gaps, self.spliced) = (Gaps::default(), Some(Spliced { spoke: true, finished, from: None }));
+        self.clocks.since = clock::now();
+        self.begin_leg();
+        self.ahead.extend((!out.is_empty()).then(|| Bytes::from(out)));
+        if done {
+            self.body = None;
+            self.serving.complete();
+        } else if self.body.is_none() {
+            self.end(Ok(()));
+        }
+    }
+
     /// The next bytes; `None` is the end.
     pub(super) fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Bytes>> {
         loop {
@@ -170,13 +300,20 @@ impl EventRelay {
                 self.serving.ledger.sent(chunk.len());
                 return Poll::Ready(Some(chunk));
             }
+            if self.poll_opinion(cx).is_ready() {
+                continue;
+            }
             if let Some(cause) = self.broken {
                 match self.poll_next_leg(cx, cause) {
                     Poll::Ready(()) => continue,
                     Poll::Pending => return Poll::Pending,
                 }
             }
-            let Some(body) = &mut self.body else { return Poll::Ready(None) };
+            let waits = self.opinions.as_ref().is_some_and(|opinions| opinions.is_full());
+            let Some(body) = self.body.as_mut().filter(|_| !waits) else {
+                let held = self.opinions.as_ref().is_some_and(|opinions| opinions.is_holding());
+                return if held { Poll::Pending } else { Poll::Ready(None) };
+            };
             match body.poll_frame(cx) {
                 Poll::Ready(Some(Ok(frame))) => {
                     if let Ok(chunk) = frame.into_data() {
@@ -202,14 +339,24 @@ impl EventRelay {
         let mut raw = VecDeque::new();
         let first = self.spliced.is_none();
         let out = if first { &mut self.ahead } else { &mut raw };
-        let (mut resume, mut room) = (self.resume.as_mut().filter(|_| first), true);
-        let fed = self.stream.feed(chunk, out, |data| {
-            if let Some(resume) = &mut resume {
-                room &= resume.observe(data);
-            }
-        });
+        let (mut resume, mut room, mut ask) = (self.resume.as_mut().filter(|_| first), true, false);
+        let fed = if let (Some(resume), Some(opinions)) = (&mut resume, &mut self.opinions) {
+            let wary = self.serving.choice.record.is_wary();
+            let fed;
+            (fed, room, ask) = opinions.feed(&mut self.stream, chunk, out, resume, wary);
+            fed
+        } else {
+            self.stream.feed(chunk, out, |event, _| {
+                if let Some(resume) = &mut resume {
+                    room &= resume.observe(event.data);
+                }
+            })
+        };
         if fed.any {
             self.moved(clock::now());
+        }
+        if first {
+            self.keep_watching(room && !fed.too_large, ask);
         }
         if fed.too_large || !room {
             let limit = if room { "event_bytes_max" } else { "memory_max" };
@@ -324,6 +471,8 @@ impl EventRelay {
             first_byte,
             lasted: None,
         });
+        // What a late peer says is about the leg before.
+        self.opinions = None;
         let from = Some(self.serving.choice.backend().clone());
         self.serving.take_over(choice, watch, started);
         (self.stream, self.body) = (stream, body);
@@ -394,6 +543,10 @@ impl EventRelay {
     }
 
     fn end(&mut self, clean: Result<(), Cause>) {
+        if self.defers(Over::Ended(clean)) {
+            self.body = None;
+            return;
+        }
         self.serving.choice.in_flight.rests();
         if self.gaps.events >= STRETCH_MIN {
             self.learn_gaps(clock::now());
@@ -430,6 +583,9 @@ impl EventRelay {
     /// The connection is closed at once; the client gets what completes its answer, or another leg, or the error.
     fn broke(&mut self, cause: Cause) {
         self.body = None;
+        if self.defers(Over::Broke(cause)) {
+            return;
+        }
         self.serving.choice.in_flight.rests();
         let whole = match &self.spliced {
             None => self.stream.is_complete(),

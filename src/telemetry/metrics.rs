@@ -283,6 +283,7 @@ struct PoolFamilies {
     budget_empty: Family<IntCounter>,
     hedges: Family<IntCounter>,
     resumes: Family<IntCounter>,
+    opinions: Family<IntCounter>,
     not_armed: Family<IntCounter>,
     fallbacks: Family<IntCounter>,
 }
@@ -304,6 +305,8 @@ struct BackendFamilies {
     connections_open: Family<IntGauge>,
     healthy: Family<IntGauge>,
     eligible: Family<IntGauge>,
+    quarantined: Family<IntGauge>,
+    offences: Family<IntCounter>,
     compressed: Family<IntCounter>,
     model_attempts: Family<IntCounter>,
     model_faults: Family<IntCounter>,
@@ -451,6 +454,12 @@ impl Metrics {
                     "Broken streams, by whether they were continued.",
                     &["pool", "result"],
                 ),
+                opinions: counters(
+                    &r,
+                    "second_opinions_total",
+                    "Peers asked because a backend repeated one token, by what came of it.",
+                    &["pool", "result"],
+                ),
                 not_armed: counters(
                     &r,
                     "streams_not_armed_total",
@@ -548,6 +557,18 @@ impl Metrics {
                     &r,
                     "backend_eligible",
                     "1 while it may receive a new attempt.",
+                    pool_backend,
+                ),
+                quarantined: gauges(
+                    &r,
+                    "backend_quarantined",
+                    "1 while it is kept from work because its peers overruled its output.",
+                    pool_backend,
+                ),
+                offences: counters(
+                    &r,
+                    "offences_total",
+                    "Runs of one token that a peer did not repeat.",
                     pool_backend,
                 ),
                 compressed: counters(
@@ -684,6 +705,8 @@ impl Metrics {
             connections_open: families.connections_open.get(labels),
             healthy: families.healthy.get(labels),
             eligible: families.eligible.get(labels),
+            quarantined: families.quarantined.get(labels),
+            offences: families.offences.get(labels),
             compressed: families.compressed.get(labels),
             models: Mutex::default(),
             pool: pool.to_owned(),
@@ -908,6 +931,11 @@ impl PoolMetrics {
         self.families.pool.not_armed.get(&[&self.pool, reason]).inc();
     }
 
+    /// Counts a peer that was asked about a run of one token: `repeated`, `replaced`, `disputed`, `none`.
+    pub fn count_opinion(&self, result: &'static str) {
+        self.families.pool.opinions.get(&[&self.pool, result]).inc();
+    }
+
     /// Counts a broken stream: `resumed`, or why not.
     pub fn count_resume(&self, result: &'static str) {
         self.families.pool.resumes.get(&[&self.pool, result]).inc();
@@ -936,6 +964,10 @@ pub struct BackendMetrics {
     pub healthy: IntGauge,
     /// 1 while it may receive a new attempt.
     pub eligible: IntGauge,
+    /// 1 while it is in quarantine.
+    pub quarantined: IntGauge,
+    /// Runs of one token that a peer did not repeat.
+    pub offences: IntCounter,
     pub(super) compressed: IntCounter,
     /// Models with a label, at most [`MODELS_MAX`] and `other`.
     models: Mutex<HashMap<String, Arc<ModelMetrics>>>,
@@ -1108,6 +1140,8 @@ impl BackendFamilies {
             connections_open,
             healthy,
             eligible,
+            quarantined,
+            offences,
             compressed,
             model_attempts,
             model_faults,
@@ -1125,13 +1159,14 @@ impl BackendFamilies {
             probes,
             connections_opened,
             connections_reused,
+            offences,
             compressed,
             model_attempts,
             model_faults,
         ] {
             family.retain(keep);
         }
-        for family in [in_flight, cap, connections_open, healthy, eligible, model_eligible] {
+        for family in [in_flight, cap, connections_open, healthy, eligible, quarantined, model_eligible] {
             family.retain(keep);
         }
         for family in [reported_running, reported_waiting, foreign_requests] {
@@ -1159,10 +1194,12 @@ impl PoolFamilies {
             budget_empty,
             hedges,
             resumes,
+            opinions,
             not_armed,
             fallbacks,
         } = self;
-        for family in [queue_refused, retries, budget_empty, hedges, resumes, not_armed, fallbacks] {
+        for family in [queue_refused, retries, budget_empty, hedges, resumes, opinions, not_armed, fallbacks]
+        {
             family.retain(keep);
         }
         for family in [backends, eligible, panic_mode, waiting, queue] {
@@ -1480,6 +1517,7 @@ mod tests {
         pool.count_retry("busy");
         pool.count_hedge("won");
         pool.count_resume("resumed");
+        pool.count_opinion("repeated");
         let backend = metrics.backend("p", "b");
         backend.count_failure("reset");
         backend.count_ejection("stuck");
