@@ -24,8 +24,8 @@ pub const HELD_MAX: Duration = Duration::from_millis(250);
 /// The same where the backend has been overruled lately: its run is more likely a fault than not.
 pub const HELD_WARY_MAX: Duration = Duration::from_secs(2);
 
-/// What may begin a run waits so long for the token behind it.
-pub const LOOK_AHEAD_MAX: Duration = Duration::from_millis(100);
+/// What may begin a run waits so long for the token behind it: four tokens a second are read as they come.
+pub const LOOK_AHEAD_MAX: Duration = Duration::from_millis(250);
 
 /// Events held back while a peer is asked; beyond them the backend is not read on.
 pub const HELD_EVENTS_MAX: u32 = 32;

@@ -169,6 +169,24 @@ impl Opinions {
         (parting.room, parting.ask)
     }
 
+    /// A peer has spoken about the run: what was held goes to the client, up to where another one begins.
+    pub(super) fn resume_watching(
+        &mut self,
+        endpoint: Endpoint,
+        out: &mut VecDeque<Bytes>,
+        resume: &mut Resumer,
+        wary: bool,
+    ) -> (bool, bool) {
+        let mut held = std::mem::take(&mut self.held);
+        (self.run_since, self.peer) = (None, None);
+        self.data.clear();
+        self.ends.clear();
+        self.run.released();
+        let fed = self.feed_ahead(endpoint, &mut held, resume, wary);
+        out.append(&mut held);
+        fed
+    }
+
     fn parting(&self) -> Parting {
         let from = self.is_holding().then_some(0);
         Parting { from, release: false, carried: 0, room: true, ask: false }

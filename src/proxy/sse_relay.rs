@@ -200,6 +200,20 @@ impl EventRelay {
         if !room {
             (self.opinions, self.resume) = (None, None);
         }
+        self.go_over(over);
+    }
+
+    /// A peer has spoken for what is held.
+    fn resume_watching(&mut self, wary: bool) {
+        let (Some(opinions), Some(resume)) = (&mut self.opinions, &mut self.resume) else { return };
+        let over = opinions.take_over();
+        let (room, ask) = opinions.resume_watching(self.endpoint, &mut self.ahead, resume, wary);
+        self.keep_watching(room, ask);
+        self.go_over(over);
+    }
+
+    /// The leg has ended so, before.
+    fn go_over(&mut self, over: Option<Over>) {
         match over {
             None => {}
             Some(Over::Ended(clean)) => self.end(clean),
@@ -229,8 +243,12 @@ impl EventRelay {
         };
         match settled {
             Settled::Release(result) => {
-                result.into_iter().for_each(|result| choice.pool.state.metrics.count_opinion(result));
-                self.release_held();
+                let Some(result) = result else {
+                    self.release_held();
+                    return Poll::Ready(());
+                };
+                choice.pool.state.metrics.count_opinion(result);
+                self.resume_watching(wary);
             }
             Settled::Replace(taken) => self.take_opinion(*taken),
             Settled::Disputed { peer, offence } => {
