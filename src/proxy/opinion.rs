@@ -10,7 +10,6 @@
 
 use std::collections::VecDeque;
 use std::ops::ControlFlow;
-use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -31,7 +30,7 @@ use crate::pool::{About, BackendId, Pool};
 use crate::proxy::attempt::{Answer, Outcome};
 use crate::proxy::hedge::Tried;
 use crate::proxy::ledger::Entry;
-use crate::proxy::resume::{Heard, Resumer};
+use crate::proxy::resume::{Asking, Resumer};
 use crate::proxy::token_stream::{Fed, TokenStream};
 use crate::proxy::worker::Worker;
 use crate::sse::{Decoder, Event};
@@ -436,7 +435,7 @@ struct Peer {
 }
 
 enum Hearing {
-    Asking(Pin<Box<dyn Future<Output = Heard> + Send>>),
+    Asking(Asking),
     Speaking(Box<Speaking>),
     /// It was written down; its name.
     Over(String),

@@ -97,6 +97,9 @@ pub(super) struct Heard {
     pub(super) failed: Option<Entry>,
 }
 
+/// A peer that is being asked.
+pub(super) type Asking = Pin<Box<dyn Future<Output = Heard> + Send>>;
+
 /// How the relay goes on.
 pub(super) enum Next {
     /// With this leg.
@@ -233,7 +236,7 @@ impl Resumer {
         splice: &mut Splice,
         backend: BackendId,
         attempts: u8,
-    ) -> Option<(Plan, Pin<Box<dyn Future<Output = Heard> + Send>>)> {
+    ) -> Option<(Plan, Asking)> {
         let Request { leg, body, .. } = &*self.request;
         let plan = splice.plan(leg.pool.config.probe.page.preset, body).ok()?;
         if !leg.pool.state.may_retry(&leg.policy, false) {
