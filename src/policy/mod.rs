@@ -14,6 +14,7 @@ pub mod hedge;
 pub mod identity;
 pub mod json;
 pub mod load;
+pub mod moves;
 pub mod outlier;
 pub mod poison;
 pub mod progress;

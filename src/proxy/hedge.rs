@@ -77,11 +77,12 @@ struct Raced {
 }
 
 impl Exchange {
-    /// Tries `choice`, and a peer of it when it is late.
+    /// Tries `choice`, and a peer of it when it is late, or its whole answer doubtful.
     pub(super) async fn attempt(&mut self, choice: Choice) -> Tried {
         let movable = self.is_replayable();
         let want = match () {
             () if self.asked.upgrade.is_some() => Want::Upgradable,
+            () if self.body.is_streamed() => Want::Streamed,
             () if self.fresh => Want::Fresh,
             // A kept connection may be closing: what was sent on it may or may not have been executed.
             () if !movable => Want::Sure,

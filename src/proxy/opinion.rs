@@ -27,15 +27,13 @@ use crate::policy::json::Reader;
 use crate::policy::resume::{Abandon, Plan, Splice};
 use crate::policy::retry::{Cause, Phase};
 use crate::pool::{About, BackendId, Pool};
-use crate::proxy::attempt::{Answer, Outcome};
-use crate::proxy::hedge::Tried;
 use crate::proxy::ledger::Entry;
 use crate::proxy::resume::{Asking, Resumer};
+use crate::proxy::sse_relay::NextLeg;
 use crate::proxy::token_stream::{Fed, TokenStream};
 use crate::proxy::worker::Worker;
 use crate::sse::{Decoder, Event};
 use crate::telemetry::metrics::AttemptOutcome;
-use crate::upstream::InBody;
 
 /// Role of an attempt that is asked about another one's output.
 pub(super) const ROLE: &str = "opinion";
@@ -97,10 +95,7 @@ pub(super) struct Taken {
     pub(super) plan: Plan,
     /// What it has said that the client is to get.
     pub(super) out: Vec<u8>,
-    pub(super) tried: Tried,
-    pub(super) stream: Box<TokenStream>,
-    /// Still to come; none when it has ended.
-    pub(super) body: Option<InBody>,
+    pub(super) leg: NextLeg,
     /// Whether it is proof against the backend.
     pub(super) offence: bool,
 }
@@ -406,10 +401,9 @@ impl Opinions {
 
     fn replace(&mut self, peer: Box<Peer>, agreed: u32) -> Settled {
         let Peer { splice, plan, out, hearing, .. } = *peer;
-        let Hearing::Speaking(speaking) = hearing else { return Settled::Release(Some("none")) };
-        let Speaking { tried, stream, body } = *speaking;
+        let Hearing::Speaking(leg) = hearing else { return Settled::Release(Some("none")) };
         let offence = degenerate::is_offence(agreed);
-        Settled::Replace(Box::new(Taken { splice, plan, out, tried, stream, body, offence }))
+        Settled::Replace(Box::new(Taken { splice, plan, out, leg: *leg, offence }))
     }
 }
 
@@ -436,15 +430,9 @@ struct Peer {
 
 enum Hearing {
     Asking(Asking),
-    Speaking(Box<Speaking>),
+    Speaking(Box<NextLeg>),
     /// It was written down; its name.
     Over(String),
-}
-
-struct Speaking {
-    tried: Tried,
-    stream: Box<TokenStream>,
-    body: Option<InBody>,
 }
 
 /// What a peer makes of it.
@@ -466,31 +454,28 @@ impl Peer {
                 Hearing::Asking(asking) => {
                     let heard = ready!(asking.as_mut().poll(cx));
                     heard.failed.into_iter().for_each(&mut *write);
-                    let Some(leg) = heard.leg else { return Poll::Ready(View::Nothing) };
-                    let Tried { choice, mut outcome, watch } = *leg;
-                    let Some(Answer::Tokens { ahead, stream, body, .. }) = outcome.answer.take() else {
+                    let Some((leg, ahead)) = heard.leg.and_then(|leg| NextLeg::of(*leg)) else {
                         return Poll::Ready(View::Nothing);
                     };
-                    choice.in_flight.streams();
-                    let tried = Tried { choice, outcome, watch };
-                    self.hearing = Hearing::Speaking(Box::new(Speaking { tried, stream, body }));
+                    leg.choice.in_flight.streams();
+                    self.hearing = Hearing::Speaking(Box::new(leg));
                     self.splice.begin_leg(&self.plan);
                     ahead
                 }
-                Hearing::Speaking(speaking) => {
-                    let Some(body) = &mut speaking.body else { return Poll::Ready(self.ended()) };
+                Hearing::Speaking(leg) => {
+                    let Some(body) = &mut leg.body else { return Poll::Ready(self.ended()) };
                     let mut raw = VecDeque::new();
                     match ready!(body.poll_frame(cx)) {
                         Some(Ok(frame)) => {
                             let Ok(chunk) = frame.into_data() else { continue };
-                            let fed = speaking.stream.feed(chunk, &mut raw, |_, _| {});
-                            speaking.tried.choice.in_flight.moved(clock::now());
+                            let fed = leg.stream.feed(chunk, &mut raw, |_, _| {});
+                            leg.choice.in_flight.moved(clock::now());
                             if fed.broken.is_some() || fed.too_large {
                                 return Poll::Ready(self.broke(worker, write));
                             }
                         }
                         Some(Err(_)) => return Poll::Ready(self.broke(worker, write)),
-                        None => speaking.body = None,
+                        None => leg.body = None,
                     }
                     raw
                 }
@@ -553,8 +538,8 @@ impl Peer {
     }
 
     fn broke(&mut self, worker: &Worker, write: &mut impl FnMut(Entry)) -> View {
-        if let Hearing::Speaking(speaking) = &self.hearing {
-            let choice = &speaking.tried.choice;
+        if let Hearing::Speaking(leg) = &self.hearing {
+            let choice = &leg.choice;
             worker.with_rng(|rng| choice.observe(About::Model, Observation::Fault, rng));
             choice.count_fault();
         }
@@ -566,15 +551,15 @@ impl Peer {
         match &self.hearing {
             Hearing::Asking(_) => String::new(),
             Hearing::Over(name) => name.clone(),
-            Hearing::Speaking(speaking) => speaking.tried.choice.backend().name.clone(),
+            Hearing::Speaking(leg) => leg.choice.backend().name.clone(),
         }
     }
 
     /// Writes the attempt down, which has ended.
     fn write(&mut self, outcome: AttemptOutcome, write: &mut impl FnMut(Entry)) {
-        if let Hearing::Speaking(speaking) = &self.hearing {
-            speaking.tried.choice.in_flight.rests();
-            let entry = entry(&speaking.tried, outcome);
+        if let Hearing::Speaking(leg) = &self.hearing {
+            leg.choice.in_flight.rests();
+            let entry = entry(leg, outcome);
             self.hearing = Hearing::Over(entry.backend.name.clone());
             write(entry);
         }
@@ -582,21 +567,20 @@ impl Peer {
 }
 
 /// An attempt that was asked, and is over.
-fn entry(tried: &Tried, outcome: AttemptOutcome) -> Entry {
-    let Outcome { facts, first_byte, started, .. } = &*tried.outcome;
+fn entry(leg: &NextLeg, outcome: AttemptOutcome) -> Entry {
     let cause = match outcome {
         AttemptOutcome::Fault => Cause::Truncated.name(),
         _ => "opinion_given",
     };
     Entry {
-        backend: tried.choice.backend().clone(),
+        backend: leg.choice.backend().clone(),
         role: ROLE,
         outcome,
         cause,
         phase: Phase::Stream.name(),
-        reused: facts.reused,
-        started: *started,
-        first_byte: *first_byte,
-        lasted: Some(clock::now().since(*started)),
+        reused: leg.reused,
+        started: leg.started,
+        first_byte: leg.first_byte,
+        lasted: Some(clock::now().since(leg.started)),
     }
 }

@@ -57,7 +57,7 @@ pub enum AttemptOutcome {
     Misconfigured,
     /// Given up by us: the client left, or another attempt of the exchange was faster.
     Cancelled,
-    /// Moved away, unfinished, from a backend that was ejected.
+    /// Moved away, unfinished, from a backend that was ejected or is on its way out.
     Rescued,
     /// It was late, and the one begun beside it spoke first.
     Overtaken,
@@ -285,6 +285,7 @@ struct PoolFamilies {
     resumes: Family<IntCounter>,
     opinions: Family<IntCounter>,
     not_armed: Family<IntCounter>,
+    moves: Family<IntCounter>,
     fallbacks: Family<IntCounter>,
 }
 
@@ -465,6 +466,12 @@ impl Metrics {
                     "streams_not_armed_total",
                     "Token streams that would not be continued if they broke, by why.",
                     &["pool", "reason"],
+                ),
+                moves: counters(
+                    &r,
+                    "stream_moves_total",
+                    "Streams for which another backend was asked beside one that still served them, by why and what came of it.",
+                    &["pool", "cause", "result"],
                 ),
                 fallbacks: counters(
                     &r,
@@ -936,6 +943,12 @@ impl PoolMetrics {
         self.families.pool.opinions.get(&[&self.pool, result]).inc();
     }
 
+    /// Counts a stream that was to move, make before break: `moved`, `kept` where the old leg spoke or ended first, or
+    /// why it could not.
+    pub fn count_move(&self, cause: &'static str, result: &'static str) {
+        self.families.pool.moves.get(&[&self.pool, cause, result]).inc();
+    }
+
     /// Counts a broken stream: `resumed`, or why not.
     pub fn count_resume(&self, result: &'static str) {
         self.families.pool.resumes.get(&[&self.pool, result]).inc();
@@ -1196,9 +1209,11 @@ impl PoolFamilies {
             resumes,
             opinions,
             not_armed,
+            moves,
             fallbacks,
         } = self;
-        for family in [queue_refused, retries, budget_empty, hedges, resumes, opinions, not_armed, fallbacks]
+        for family in
+            [queue_refused, retries, budget_empty, hedges, resumes, opinions, not_armed, moves, fallbacks]
         {
             family.retain(keep);
         }
@@ -1518,6 +1533,7 @@ mod tests {
         pool.count_hedge("won");
         pool.count_resume("resumed");
         pool.count_opinion("repeated");
+        pool.count_move("drain", "moved");
         let backend = metrics.backend("p", "b");
         backend.count_failure("reset");
         backend.count_ejection("stuck");

@@ -19,6 +19,7 @@
 //! cannot go on. Events are bounded and judged by the caller's reader too; an engine's error abandons a leg.
 //! docs/adr/0017-resume.md lists each guard with the test that fails without it.
 
+mod beside;
 mod chunk;
 mod continuation;
 mod edit;
@@ -34,6 +35,7 @@ use std::ops::ControlFlow;
 
 use smallvec::SmallVec;
 
+use self::beside::Beside;
 use self::chunk::{Channel, Chunk};
 use self::continuation::{Seam, Verdict, continuation};
 use self::edit::Edits;
@@ -285,6 +287,8 @@ pub enum Abandon {
     Failed,
     /// `[DONE]` before a finish.
     EndedEarly,
+    /// The client has meanwhile got from another leg what this one was to say.
+    Overtaken,
     /// There is no leg: none was begun, or it was given up before.
     NoLeg,
 }
@@ -302,6 +306,7 @@ impl Abandon {
             Self::Unreadable => "unreadable",
             Self::Failed => "failed",
             Self::EndedEarly => "ended_early",
+            Self::Overtaken => "overtaken",
             Self::NoLeg => "no_leg",
         }
     }
@@ -341,6 +346,10 @@ pub struct Splice {
     leg: Option<Leg>,
     /// Bytes that the last replay had repeated when it differed.
     repeated: usize,
+    /// A leg that is begun while `leg`, or the first, still speaks.
+    beside: Option<Beside>,
+    /// Bytes of text when that was planned.
+    planned_at: usize,
 }
 
 /// A leg after the first.
@@ -348,6 +357,12 @@ pub struct Splice {
 struct Leg {
     decoder: Decoder,
     told: Told,
+}
+
+impl Leg {
+    fn held(&self) -> usize {
+        self.decoder.pending().len() + self.told.held()
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -397,6 +412,8 @@ impl Splice {
             seam: None,
             leg: None,
             repeated: 0,
+            beside: None,
+            planned_at: 0,
         })
     }
 
@@ -408,8 +425,8 @@ impl Splice {
 
     /// Bytes it holds, for the process-wide memory bound.
     pub fn held(&self) -> usize {
-        let leg = self.leg.as_ref().map_or(0, |leg| leg.decoder.pending().len() + leg.told.held());
-        size_of::<Self>() + self.journal.held() + self.seam.as_ref().map_or(0, Seam::held) + leg
+        let legs = self.leg.as_ref().map_or(0, Leg::held) + self.beside.as_ref().map_or(0, Beside::held);
+        size_of::<Self>() + self.journal.held() + self.seam.as_ref().map_or(0, Seam::held) + legs
     }
 
     /// After a break: how to go on at a backend of this engine (`None`: not known; replay only). Strategies
