@@ -198,6 +198,10 @@ impl Opinions {
         if event.is_carried() {
             (at, parting.carried) = (0, event.raw.len() - (event.end - event.start));
         }
+        // A comment tells the client nothing; it goes or waits with what stands around it.
+        if !event.has_data {
+            return;
+        }
         let step = match () {
             () if parting.ask || self.is_asking() => Step::Hold,
             () if facts.meaningful || facts.finish.is_some() || facts.done => {

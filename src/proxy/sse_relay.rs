@@ -195,7 +195,7 @@ impl EventRelay {
         for chunk in &self.ahead {
             // The gate holds whole events, and no more of them than it may.
             let _ = decoder.feed(chunk, |event| {
-                room &= resume.observe(event.data);
+                room &= !event.has_data || resume.observe(event.data);
                 ControlFlow::Continue(())
             });
         }
@@ -262,7 +262,8 @@ impl EventRelay {
             fed
         } else {
             self.stream.feed(chunk, out, |event, _| {
-                if let Some(resume) = &mut resume {
+                // A comment tells the client nothing.
+                if let Some(resume) = resume.as_mut().filter(|_| event.has_data) {
                     room &= resume.observe(event.data);
                 }
             })
