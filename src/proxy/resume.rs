@@ -483,7 +483,8 @@ pub(super) fn choose_witness(
 }
 
 /// The backend of the next leg: rather one that has just shown life, and one that was not tried. Waited for as any is;
-/// where all were tried, one that has spoken to somebody since may be asked again.
+/// where all were tried, one that has spoken to somebody since may be asked again, after half of the wait: what has
+/// just broken a stream is seldom well at once.
 async fn choose(
     request: &Request,
     leg: &mut Leg,
@@ -516,7 +517,7 @@ async fn choose(
             return None;
         }
         tokio::time::sleep(LOOK).await;
-        if nobody == Nobody::AllTried {
+        if nobody == Nobody::AllTried && clock::now() >= began + wait / 2 {
             let returned = |id: BackendId| {
                 let member = leg.pool.members.iter().find(|member| member.backend.id == id);
                 member.is_some_and(|member| member.backend.moved_at() > began)

@@ -199,7 +199,10 @@ impl EventRelay {
                 ControlFlow::Continue(())
             });
         }
-        self.resume = self.resume.take().filter(|_| room);
+        if !room {
+            self.serving.ledger.worker().telemetry().metrics.count_limit("memory_max");
+            self.resume = None;
+        }
     }
 
     /// The next bytes; `None` is the end.
