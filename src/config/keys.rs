@@ -109,7 +109,7 @@ pub(super) const OUTLIER: Section = Section {
 };
 pub(super) const RESUME: Section = Section {
     path: "pool.resume",
-    keys: &["mode", "request_ids", "resumes_max", "replay_tokens_max", "journal_bytes_max"],
+    keys: &["mode", "request_ids", "resumes_max", "replay_tokens_max", "journal_bytes_max", "second_opinion"],
 };
 pub(super) const RETRY: Section = Section {
     path: "pool.retry",

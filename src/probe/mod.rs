@@ -10,6 +10,7 @@
 
 mod ask;
 mod build;
+mod canary;
 mod load;
 mod models;
 mod prober;

@@ -9,9 +9,9 @@ use std::ops::ControlFlow;
 
 use bytes::Bytes;
 
-use crate::policy::dialect::{Endpoint, Engine, EventReader, Finish, StreamProgress};
-use crate::policy::resume::Unseen;
+use crate::policy::dialect::{Endpoint, Engine, EventFacts, EventReader, Finish, StreamProgress};
 use crate::policy::retry::Cause;
+use crate::proxy::outlet::Outlet;
 use crate::sse::{Decoder, Event, Lines, TooLarge, write_event};
 
 /// An event with nothing but data has no more bytes around it: `data: `, two CRLF, and a space before one of them.
@@ -26,8 +26,7 @@ pub(super) struct TokenStream {
     sequence: u64,
     /// Of this engine ids were asked for that the client is not to see.
     unseen: Option<Engine>,
-    /// Hides them, once what came before the gate was noted.
-    hiding: Option<Box<Hiding>>,
+    event_bytes_max: usize,
     /// An event was too large to be read: from there on the bytes are passed on as they come.
     opaque: bool,
 }
@@ -81,7 +80,7 @@ impl TokenStream {
             endpoint,
             sequence: 0,
             unseen: None,
-            hiding: None,
+            event_bytes_max,
             opaque: false,
         }
     }
@@ -91,24 +90,14 @@ impl TokenStream {
         self.unseen = Some(engine);
     }
 
+    /// What hides them, where that was done.
+    pub(super) fn outlet(&self) -> Option<Box<Outlet>> {
+        self.unseen.map(|engine| Box::new(Outlet::of(engine, self.event_bytes_max)))
+    }
+
     /// The engine that was asked so.
     pub(super) fn unseen(&self) -> Option<Engine> {
         self.unseen
-    }
-
-    /// Hides the ids from here on, and in the whole events that came before the gate.
-    pub(super) fn hide_ids(&mut self, ahead: &mut VecDeque<Bytes>) {
-        let Some(engine) = self.unseen else { return };
-        let mut hiding = Box::new(Hiding::of(engine));
-        let whole: Vec<u8> = ahead.drain(..).flatten().collect();
-        let read = Decoder::new(usize::MAX).feed(&whole, |event| {
-            hiding.event(&event, &whole);
-            ControlFlow::Continue(())
-        });
-        debug_assert!(read.is_ok_and(|upto| upto <= whole.len()), "no bound");
-        hiding.end(&whole);
-        push(ahead, hiding.take().unwrap_or(whole).into());
-        self.hiding = Some(hiding);
     }
 
     /// Every choice has ended well: what may still come is usage and the terminator.
@@ -121,12 +110,12 @@ impl TokenStream {
         self.sequence
     }
 
-    /// Reads a chunk; what may be forwarded is appended to `out`, and the data of each such event given to `note`.
+    /// Reads a chunk; what may be forwarded is appended to `out`, and each such event given to `note`, comments too.
     pub(super) fn feed(
         &mut self,
         chunk: Bytes,
         out: &mut VecDeque<Bytes>,
-        mut note: impl FnMut(&[u8]),
+        mut note: impl FnMut(&Event<'_>, &EventFacts),
     ) -> Fed {
         let mut fed = Fed::default();
         if self.opaque {
@@ -136,21 +125,15 @@ impl TokenStream {
         }
         // Where the broken event begins in the chunk, and whether its beginning is in an earlier one.
         let mut cut = None;
-        let Self { framing, reader, progress, sequence, endpoint, hiding, .. } = self;
+        let Self { framing, reader, progress, sequence, endpoint, .. } = self;
         let on_event = |event: Event<'_>| {
             fed.any = true;
             match judge(&event, reader, progress, sequence, *endpoint, &mut fed.meaningful) {
-                None => {
-                    // A comment tells the client nothing.
-                    if event.has_data {
-                        note(event.data);
-                    }
-                    if let Some(hiding) = hiding {
-                        hiding.event(&event, &chunk);
-                    }
+                Ok(facts) => {
+                    note(&event, &facts);
                     ControlFlow::Continue(())
                 }
-                Some(cause) => {
+                Err(cause) => {
                     let said = event.error_field.unwrap_or(event.data);
                     fed.broken = Some(Fault { cause, said: Bytes::copy_from_slice(said) });
                     cut = Some((event.start, event.is_carried()));
@@ -171,8 +154,6 @@ impl TokenStream {
                 fed.too_large = true;
                 fed.meaningful = true;
                 self.opaque = true;
-                // What cannot be read goes on as it is, and so do the events before it in this chunk.
-                self.hiding = None;
                 for kept in [self.framing.take_carried(), self.framing.take_pending()] {
                     push(out, kept.into());
                 }
@@ -183,14 +164,6 @@ impl TokenStream {
     }
 
     fn forward(&mut self, mut chunk: Bytes, whole: usize, out: &mut VecDeque<Bytes>) {
-        if let Some(hiding) = &mut self.hiding {
-            hiding.end(&chunk[..whole]);
-            if let Some(edited) = hiding.take() {
-                // What was carried is in it.
-                self.framing.take_carried();
-                return push(out, edited.into());
-            }
-        }
         push(out, self.framing.take_carried().into());
         chunk.truncate(whole);
         push(out, chunk);
@@ -226,7 +199,7 @@ impl TokenStream {
 
     /// Servers that end with `data: [DONE]` and a single line end exist: a last block counts as whole.
     fn read_rest(&mut self, rest: &mut Vec<u8>) -> Option<Cause> {
-        let Self { framing, reader, progress, sequence, endpoint, hiding, .. } = self;
+        let Self { framing, reader, progress, sequence, endpoint, .. } = self;
         let (event, end): (_, &[u8]) = match framing {
             Framing::Events(decoder) => (decoder.finish(), b"\n\n"),
             Framing::Lines(lines) => (lines.finish(), b"\n"),
@@ -234,16 +207,14 @@ impl TokenStream {
         let event = event?;
         let complete = progress.complete();
         match judge(&event, reader, progress, sequence, *endpoint, &mut false) {
-            None => {
-                if !hiding.as_mut().is_some_and(|hiding| hiding.unseen.hide(&event, rest)) {
-                    rest.extend_from_slice(event.raw);
-                }
+            Ok(_) => {
+                rest.extend_from_slice(event.raw);
                 rest.extend_from_slice(end);
                 None
             }
             // Half an event behind the finish is nothing the client misses.
-            Some(_) if complete => None,
-            Some(cause) => Some(cause),
+            Err(_) if complete => None,
+            Err(cause) => Some(cause),
         }
     }
 
@@ -259,52 +230,6 @@ impl TokenStream {
             // The finish is the terminator there.
             _ => {}
         }
-    }
-}
-
-/// A chunk without the ids in its events.
-struct Hiding {
-    unseen: Unseen,
-    edited: Vec<u8>,
-    /// What is in `edited` of the chunk, up to here.
-    at: usize,
-    /// Whether there is anything to hide in the chunk, or it ends an event that was begun before.
-    any: bool,
-}
-
-impl Hiding {
-    fn of(engine: Engine) -> Self {
-        Self { unseen: Unseen::of(engine), edited: Vec::new(), at: 0, any: false }
-    }
-
-    fn event(&mut self, event: &Event<'_>, chunk: &[u8]) {
-        let before = self.edited.len();
-        if !event.is_carried() {
-            if before == 0 {
-                self.edited.reserve(chunk.len());
-            }
-            self.edited.extend_from_slice(&chunk[self.at..event.start]);
-        }
-        match self.unseen.hide(event, &mut self.edited) {
-            true => {}
-            false if event.is_carried() => self.edited.extend_from_slice(event.raw),
-            false => return self.edited.truncate(before),
-        }
-        (self.at, self.any) = (event.end, true);
-    }
-
-    /// The chunk ends.
-    fn end(&mut self, chunk: &[u8]) {
-        if self.any {
-            self.edited.extend_from_slice(chunk.get(self.at..).unwrap_or_default());
-        }
-        self.at = 0;
-    }
-
-    /// What became of the chunk, if that is something else.
-    fn take(&mut self) -> Option<Vec<u8>> {
-        let edited = std::mem::take(&mut self.edited);
-        std::mem::take(&mut self.any).then_some(edited)
     }
 }
 
@@ -324,7 +249,7 @@ impl Framing {
     }
 }
 
-/// Takes note of one event; the reason if it must not be forwarded.
+/// Takes note of one event and says what it holds; the reason if it must not be forwarded.
 fn judge(
     event: &Event<'_>,
     reader: &mut EventReader,
@@ -332,29 +257,29 @@ fn judge(
     sequence: &mut u64,
     endpoint: Endpoint,
     meaningful: &mut bool,
-) -> Option<Cause> {
+) -> Result<EventFacts, Cause> {
     // What stands around the data is passed on unread, and client libraries decode all of it.
     let around = event.raw.len() - event.data.len();
     if around > FRAME_BYTES && std::str::from_utf8(event.raw).is_err() {
-        return Some(Cause::InvalidEvent);
+        return Err(Cause::InvalidEvent);
     }
-    let Ok(facts) = reader.read(event) else { return Some(Cause::InvalidEvent) };
+    let facts = reader.read(event).map_err(|_| Cause::InvalidEvent)?;
     progress.observe(&facts);
     if let Some(class) = facts.error {
-        return Some(Cause::ErrorInside(class));
+        return Err(Cause::ErrorInside(class));
     }
     if progress.failure().is_some() && facts.finish.is_some_and(|finish| !Finish::is_good(finish)) {
-        return Some(Cause::AbortFinish);
+        return Err(Cause::AbortFinish);
     }
     if facts.done && !progress.whole_at_end(endpoint, true) {
-        return Some(Cause::EndedEarly);
+        return Err(Cause::EndedEarly);
     }
     // Only what the client sees is counted: the error that may follow continues there.
     if let Some(seen) = facts.sequence {
         *sequence = seen + 1;
     }
     *meaningful |= facts.meaningful || facts.finish.is_some();
-    None
+    Ok(facts)
 }
 
 fn push(out: &mut VecDeque<Bytes>, bytes: Bytes) {
@@ -380,7 +305,7 @@ mod tests {
         let split = split.min(wire.len());
         let mut broken = None;
         for part in [&wire[..split], &wire[split..]] {
-            let fed = stream.feed(Bytes::copy_from_slice(part.as_bytes()), &mut out, |_| {});
+            let fed = stream.feed(Bytes::copy_from_slice(part.as_bytes()), &mut out, |_, _| {});
             if let Some(fault) = fed.broken {
                 broken = Some(fault.cause.name());
                 break;
@@ -451,10 +376,10 @@ mod tests {
             let mut out = VecDeque::new();
             let mut notes = 0;
             let wire = [TOKEN.as_bytes(), b": beat\n\n", bad].concat();
-            let fed = stream.feed(wire.into(), &mut out, |_| notes += 1);
+            let fed = stream.feed(wire.into(), &mut out, |event, _| notes += usize::from(event.has_data));
             assert_eq!(fed.broken.map(|fault| fault.cause), Some(Cause::InvalidEvent), "{bad:?}");
             assert_eq!(out.iter().map(Bytes::len).sum::<usize>(), TOKEN.len() + 8);
-            assert_eq!(notes, 1, "a comment is no event");
+            assert_eq!(notes, 1, "a comment has nothing to note");
         }
     }
 
@@ -466,7 +391,7 @@ mod tests {
             let mut out = VecDeque::new();
             let split = split.min(wire.len());
             for part in [&wire[..split], &wire[split..]] {
-                let fed = stream.feed(Bytes::copy_from_slice(part.as_bytes()), &mut out, |_| {});
+                let fed = stream.feed(Bytes::copy_from_slice(part.as_bytes()), &mut out, |_, _| {});
                 prop_assert!(fed.broken.is_none());
             }
             let sent: Vec<u8> = out.into_iter().flatten().collect();

@@ -42,6 +42,6 @@ pub use event::{
 };
 pub(in crate::policy) use frame::{Frame, read_ids};
 pub use grpc::{grpc_class, grpc_message, grpc_status};
-pub use question::{BadReply, Question, check_reply};
+pub use question::{BadReply, Question, answer_text, check_reply};
 pub use rejection::{Rejection, error_body, error_event};
 pub use request::{RequestFacts, request_facts};

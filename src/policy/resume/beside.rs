@@ -16,7 +16,7 @@ use super::ids::Ids;
 use super::{Abandon, Fed, Leg, Peers, Plan, Refused, Splice, Strategy};
 
 /// See the head of this file.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Beside {
     leg: Leg,
     /// Bytes of text that the client had when it was planned; only a continuation minds.

@@ -15,7 +15,7 @@ use crate::policy::json::Value;
 const FRAME_BYTES_MAX: usize = 1024;
 
 /// The members that must stay what they were, as written in the first event that had them.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Identity {
     pub(super) id: Option<Box<[u8]>>,
     pub(super) created: Option<Box<[u8]>>,
@@ -24,7 +24,7 @@ pub(super) struct Identity {
 }
 
 /// A tool call that the client knows.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Call {
     index: u32,
     id: Box<[u8]>,
@@ -40,7 +40,7 @@ struct Run {
 }
 
 /// See the head of this file.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Journal {
     text: Vec<u8>,
     runs: Vec<Run>,
@@ -71,7 +71,7 @@ pub(super) struct Journal {
 }
 
 /// The last event with one text and nothing else of interest: the next is likely to differ only in that.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Last {
     frame: Frame,
     channel: Option<Channel>,
@@ -287,8 +287,8 @@ impl Cursor {
         Self { run, at, details: 0 }
     }
 
-    /// How many bytes of the text are behind it.
-    pub(super) fn at(&self) -> usize {
+    /// Bytes that were said again, or lie before what is.
+    pub(super) fn passed(&self) -> usize {
         self.at
     }
 
