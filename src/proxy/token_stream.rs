@@ -76,6 +76,11 @@ impl TokenStream {
         }
     }
 
+    /// Events are told by lines.
+    pub(super) fn is_lines(&self) -> bool {
+        matches!(self.framing, Framing::Lines(_))
+    }
+
     /// Every choice has ended well: what may still come is usage and the terminator.
     pub(super) fn is_complete(&self) -> bool {
         self.progress.complete()
@@ -106,7 +111,9 @@ impl TokenStream {
             fed.any = true;
             match judge(&event, reader, progress, sequence, *endpoint, &mut fed.meaningful) {
                 None => {
-                    note(event.data);
+                    if event.has_data {
+                        note(event.data);
+                    }
                     ControlFlow::Continue(())
                 }
                 Some(cause) => {
