@@ -4,6 +4,7 @@
 //! relay, move on or give up. What to do is decided by `policy::retry`; here it is done. Dropping an exchange (the client has left) drops the
 //! attempt under way and closes its connection.
 
+mod doubt;
 mod turn;
 
 pub(super) use turn::stand_by;

@@ -88,7 +88,7 @@ impl std::error::Error for TooLarge {}
 /// assert_eq!(seen, [b"one".to_vec()]);
 /// assert_eq!(decoder.pending(), b"data: tw");
 /// ```
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Decoder {
     bytes_max: usize,
     /// Bytes of the incomplete block, from its first byte.

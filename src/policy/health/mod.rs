@@ -25,11 +25,13 @@ mod admin;
 mod ejection;
 mod parameters;
 mod probing;
+mod quarantine;
 mod transition;
 mod window;
 
 pub use admin::{Administrative, Panic, may_receive};
 pub use parameters::HealthPolicy;
+pub use quarantine::{Confinement, Quarantine};
 pub use transition::{EjectReason, KeptBecause, Transition};
 
 use super::Moment;

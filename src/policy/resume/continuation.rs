@@ -250,7 +250,7 @@ impl<'a> Asked<'a> {
 }
 
 /// What the first new text of a continuation is judged by.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Seam {
     /// Beginnings of what the engine was given; new text that begins so is no new text.
     echoes: Vec<Vec<u8>>,

@@ -14,7 +14,7 @@ use crate::policy::json::{Value, string_end};
 const FRAME_BYTES_MAX: usize = 1024;
 
 /// The members that must stay what they were, as written in the first event that had them.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Identity {
     pub(super) id: Option<Box<[u8]>>,
     pub(super) created: Option<Box<[u8]>>,
@@ -23,7 +23,7 @@ pub(super) struct Identity {
 }
 
 /// A tool call that the client knows.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Call {
     index: u32,
     id: Box<[u8]>,
@@ -39,7 +39,7 @@ struct Run {
 }
 
 /// See the head of this file.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Journal {
     text: Vec<u8>,
     runs: Vec<Run>,
@@ -66,7 +66,7 @@ pub(super) struct Journal {
 }
 
 /// The last event with one text and nothing else of interest: the next is likely to differ only in that.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Frame {
     data: Vec<u8>,
     /// Between the quotes.
@@ -271,6 +271,11 @@ pub(super) struct Cursor {
 pub(super) struct Differs;
 
 impl Cursor {
+    /// Bytes that were said again.
+    pub(super) fn passed(&self) -> usize {
+        self.at
+    }
+
     /// Whether all was said again.
     pub(super) fn is_through(&self, journal: &Journal) -> bool {
         self.at == journal.text.len()

@@ -91,11 +91,19 @@ pub struct ResumePolicy {
     /// What is noted of one stream, in bytes; beyond it the stream goes on and cannot be resumed. Default
     /// 256 KiB, some 60,000 tokens.
     pub journal_bytes_max: usize,
+    /// Whether a peer is asked when a replica says one token over and over. Default true.
+    pub second_opinion: bool,
 }
 
 impl Default for ResumePolicy {
     fn default() -> Self {
-        Self { mode: ResumeMode::Best, resumes_max: 2, replay_tokens_max: 4096, journal_bytes_max: 256 << 10 }
+        Self {
+            mode: ResumeMode::Best,
+            resumes_max: 2,
+            replay_tokens_max: 4096,
+            journal_bytes_max: 256 << 10,
+            second_opinion: true,
+        }
     }
 }
 
@@ -329,7 +337,7 @@ pub struct Fed {
 }
 
 /// One client stream over all its legs.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Splice {
     endpoint: Endpoint,
     wire: Wire,
@@ -341,6 +349,8 @@ pub struct Splice {
     /// For the leg that was planned last, if it continues.
     seam: Option<Seam>,
     leg: Option<Leg>,
+    /// Bytes that the last replay had repeated when it differed.
+    repeated: usize,
     /// A leg that is begun while `leg`, or the first, still speaks.
     beside: Option<Beside>,
     /// Bytes of text when that was planned.
@@ -348,7 +358,7 @@ pub struct Splice {
 }
 
 /// A leg after the first.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Leg {
     framing: Framing,
     told: Told,
@@ -360,13 +370,13 @@ impl Leg {
     }
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Told {
     spoke: bool,
     way: Way,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 enum Way {
     Replay(Cursor),
     Continue {
@@ -405,6 +415,7 @@ impl Splice {
             resumes: 0,
             seam: None,
             leg: None,
+            repeated: 0,
             beside: None,
             planned_at: 0,
         })
@@ -509,6 +520,21 @@ impl Splice {
         }
     }
 
+    /// Text that the client holds or is about to get, from byte `from` on.
+    pub fn text_from(&self, from: usize) -> &[u8] {
+        self.journal.text().get(from..).unwrap_or_default()
+    }
+
+    /// How far into that text the leg that was abandoned last had repeated it.
+    pub fn repeated(&self) -> usize {
+        self.repeated
+    }
+
+    /// Whether the answer has ended well.
+    pub fn is_finished(&self) -> bool {
+        self.journal.finished
+    }
+
     /// Whether the terminator was written.
     pub fn is_done(&self) -> bool {
         self.journal.done
@@ -601,9 +627,9 @@ impl Splice {
                 };
             }
             for ((said, text), from) in chunk.said.iter().zip(&texts).zip(&mut news) {
-                *from = cursor
-                    .pass(&self.journal, said.channel, text.as_bytes())
-                    .map_err(|_| Abandon::Diverged)?;
+                let passed = cursor.pass(&self.journal, said.channel, text.as_bytes());
+                self.repeated = cursor.passed();
+                *from = passed.map_err(|_| Abandon::Diverged)?;
                 if *from > 0 {
                     let rest = quoted(text.get(*from..).unwrap_or_default());
                     for value in [Some(said.value), said.mirror].into_iter().flatten() {

@@ -75,7 +75,7 @@ impl Wire {
 }
 
 /// Tells the events of one leg apart.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) enum Framing {
     Events(Decoder),
     Lines(Lines),
