@@ -177,6 +177,9 @@ impl Exchange {
         loop {
             match self.choose().await {
                 Ok(choice) => {
+                    if self.failed.is_some_and(|failed| failed.cause == Cause::Rescued) {
+                        choice.pool.spare(choice.index, choice.in_flight.kind());
+                    }
                     if let Some(turn) = &self.turn {
                         turn.runs_at(choice.backend().id);
                     }

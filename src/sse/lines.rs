@@ -143,6 +143,35 @@ mod tests {
     }
 
     #[test]
+    fn what_is_kept_can_be_moved_out_once() {
+        let mut lines = Lines::new(100);
+        let go_on = |_: Event<'_>| ControlFlow::Continue(());
+        assert_eq!(lines.feed(b"{\"a\"", go_on), Ok(0));
+        assert_eq!(lines.feed(b":1}\n{\"b", go_on), Ok(4));
+        assert_eq!((lines.take_carried(), lines.take_carried()), (b"{\"a\"".to_vec(), vec![]));
+        assert_eq!((lines.take_pending(), lines.take_pending()), (b"{\"b".to_vec(), vec![]));
+    }
+
+    #[test]
+    fn a_line_may_be_as_long_as_the_bound_and_no_longer() {
+        let go_on = |_: Event<'_>| ControlFlow::Continue(());
+        for (before, chunk, fits) in [
+            (&b""[..], &b"1234\n"[..], true),
+            (b"", b"12345\n", false),
+            (b"12", b"34\n", true),
+            (b"12", b"345\n", false),
+            (b"", b"12345", true),
+            (b"", b"123456", false),
+            (b"12", b"345", true),
+            (b"12", b"3456", false),
+        ] {
+            let mut lines = Lines::new(5);
+            assert_eq!(lines.feed(before, go_on), Ok(0));
+            assert_eq!(lines.feed(chunk, go_on).is_ok(), fits, "{before:?} {chunk:?}");
+        }
+    }
+
+    #[test]
     fn lines_end_in_lf_or_crlf_and_the_last_needs_none() {
         let (seen, _) = feed(b"{\"a\":1}\n\r\n{\"b\":\r2}\r\n\n{\"c\"", &[], 100);
         assert_eq!(seen, [&b"{\"a\":1}"[..], b"{\"b\":\r2}"]);
