@@ -135,6 +135,7 @@ fn may_go_on(journal: &Journal, seam: SeamAt, ids_are_seen: bool) -> Result<&str
             Channel::Content | Channel::Reasoning(_) => {}
             Channel::ToolName(_) | Channel::ToolArguments(_) => return Err(Refused::ToolsBegun),
             Channel::Refusal => return Err(Refused::Refusal),
+            Channel::Block(_) | Channel::Thought(_) | Channel::Mark => return Err(Refused::Unreadable),
         }
         last = Some(channel);
     }

@@ -8,6 +8,7 @@
 
 use super::chunk::{Channel, Chunk};
 use super::ids::Ids;
+use super::wire::Wire;
 use crate::policy::dialect::Frame;
 use crate::policy::json::Value;
 
@@ -80,7 +81,7 @@ struct Last {
 
 impl Journal {
     /// Takes note of an event that the client was given as it is.
-    pub(super) fn observe(&mut self, data: &[u8], bytes_max: usize) {
+    pub(super) fn observe(&mut self, wire: Wire, data: &[u8], bytes_max: usize) {
         if self.overflow || self.unreadable || self.observe_like_last(data, bytes_max) {
             return;
         }
@@ -89,7 +90,7 @@ impl Journal {
             self.done = true;
             return;
         }
-        let Ok(chunk) = Chunk::read(data) else {
+        let Ok(chunk) = wire.read(data) else {
             self.unreadable = true;
             return;
         };
@@ -99,6 +100,10 @@ impl Journal {
         }
         self.introduce(&chunk);
         let before = self.text.len();
+        if let Some(mark) = &chunk.mark {
+            self.unreadable |= self.repeats(&chunk);
+            self.append(Channel::Mark, mark.as_bytes(), bytes_max);
+        }
         for said in &chunk.said {
             match said.value.as_str() {
                 Some(text) => self.append(said.channel, text.as_bytes(), bytes_max),
@@ -141,6 +146,7 @@ impl Journal {
     fn remember(&mut self, data: &[u8], chunk: &Chunk<'_>) {
         let [said] = &chunk.said[..] else { return };
         let plain = said.mirror.is_none()
+            && chunk.mark.is_none()
             && chunk.finish.is_none()
             && chunk.usage.is_none()
             && chunk.prompt_ids.is_none()
@@ -178,6 +184,7 @@ impl Journal {
     pub(super) fn count(&mut self, chunk: &Chunk<'_>, base: Option<u64>) {
         self.details += self.details_of(chunk);
         self.finished |= chunk.finish.is_some_and(|finish| finish.is_good());
+        self.done |= chunk.done && self.finished;
         let number = |name| chunk.usage.and_then(|usage| usage.get(name)).and_then(|count| count.as_u64());
         if base == Some(0) && self.prompt_tokens.is_none() {
             self.prompt_tokens = number("prompt_tokens");
@@ -188,6 +195,11 @@ impl Journal {
             self.text_tokens =
                 number("completion_tokens").zip(base).map(|(new, base)| new.saturating_add(base));
         }
+    }
+
+    /// Whether a chunk says again, and behind itself, what may be said once only.
+    pub(super) fn repeats(&self, chunk: &Chunk<'_>) -> bool {
+        chunk.once && chunk.mark.as_ref().is_some_and(|mark| self.text.ends_with(mark.as_bytes()))
     }
 
     /// Adds a text.
