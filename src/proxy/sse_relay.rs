@@ -22,7 +22,7 @@ use crate::clock;
 use crate::policy::Moment;
 use crate::policy::dialect::{Dialect, Endpoint};
 use crate::policy::health::Standing;
-use crate::policy::resume::Abandon;
+use crate::policy::resume::{Abandon, NotArmed};
 use crate::policy::retry::{Cause, Facts, Phase};
 use crate::pool::{Backend, Choice};
 use crate::proxy::attempt::{Answer, Outcome, cut};
@@ -35,7 +35,7 @@ use crate::proxy::resume::{self, Next, Resumer};
 use crate::proxy::sse_relay::moves::{Move, Stay};
 use crate::proxy::token_stream::{Ending, Fault, TokenStream};
 use crate::proxy::watch::{Stage, Watch};
-use crate::sse::Decoder;
+use crate::sse::{Decoder, Event, Lines};
 use crate::telemetry::events::StreamResumed;
 use crate::telemetry::metrics::{AttemptOutcome, End};
 use crate::upstream::InBody;
@@ -148,7 +148,9 @@ impl EventRelay {
         resume: Option<Box<Resumer>>,
     ) -> Self {
         let (gaps, spliced, broken, moving) = (Gaps::default(), None, None, None);
-        let opinions = resume.as_ref().and_then(|_| Opinions::of(&serving.choice.pool));
+        // It reads OpenAI's events, and no others.
+        let is_read = matches!(endpoint, Endpoint::ChatCompletions | Endpoint::Completions);
+        let opinions = resume.as_ref().filter(|_| is_read).and_then(|_| Opinions::of(&serving.choice.pool));
         let mut relay = Self {
             ahead,
             body,
@@ -186,18 +188,28 @@ impl EventRelay {
     /// Events that came before the gate are the client's, too.
     fn note_ahead(&mut self) {
         let Some(resume) = &mut self.resume else { return };
+        if resume.splice.is_lines() != self.stream.is_lines() {
+            self.serving.choice.pool.state.metrics.count_not_armed(NotArmed::Endpoint.name());
+            (self.resume, self.opinions) = (None, None);
+            return;
+        }
         if let Some(opinions) = &mut self.opinions {
             let wary = self.serving.choice.record.is_wary();
             let (room, ask) = opinions.feed_ahead(self.endpoint, &mut self.ahead, resume, wary);
             return self.keep_watching(room, ask);
         }
-        let (mut decoder, mut room) = (Decoder::new(usize::MAX), true);
+        let mut room = true;
+        // The gate holds whole events, and no more of them than it may.
+        let mut note = |event: Event<'_>| {
+            room &= !event.has_data || resume.observe(event.data);
+            ControlFlow::Continue(())
+        };
+        let (mut decoder, mut lines) = (Decoder::new(usize::MAX), Lines::new(usize::MAX));
         for chunk in &self.ahead {
-            // The gate holds whole events, and no more of them than it may.
-            let _ = decoder.feed(chunk, |event| {
-                room &= !event.has_data || resume.observe(event.data);
-                ControlFlow::Continue(())
-            });
+            let _ = match self.stream.is_lines() {
+                true => lines.feed(chunk, &mut note),
+                false => decoder.feed(chunk, &mut note),
+            };
         }
         if !room {
             self.serving.ledger.worker().telemetry().metrics.count_limit("memory_max");

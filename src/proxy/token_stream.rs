@@ -79,6 +79,11 @@ impl TokenStream {
         }
     }
 
+    /// Events are told by lines.
+    pub(super) fn is_lines(&self) -> bool {
+        matches!(self.framing, Framing::Lines(_))
+    }
+
     /// Every choice has ended well: what may still come is usage and the terminator.
     pub(super) fn is_complete(&self) -> bool {
         self.progress.complete()

@@ -12,7 +12,7 @@ use super::{Event, TooLarge};
 
 /// The decoder of one stream of lines. Each non-empty line is an [`Event`] whose `data` is the line
 /// without its LF or CRLF. A CR alone does not end a line: it is white space in JSON.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Lines {
     bytes_max: usize,
     pending: Vec<u8>,

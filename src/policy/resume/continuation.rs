@@ -89,6 +89,8 @@ fn delivered(journal: &Journal) -> Result<&str, Refused> {
             Channel::Reasoning(_) => return Err(Refused::Reasoning),
             Channel::ToolName(_) | Channel::ToolArguments(_) => return Err(Refused::ToolsBegun),
             Channel::Refusal => return Err(Refused::Refusal),
+            // Only replayed.
+            Channel::Block(_) | Channel::Thought(_) | Channel::Mark => return Err(Refused::Engine),
         }
     }
     let text = std::str::from_utf8(journal.text()).map_err(|_| Refused::Unreadable)?;

@@ -7,6 +7,7 @@
 //! Invariant: text is only ever added, and only what was or is about to be given to the client.
 
 use super::chunk::{Channel, Chunk};
+use super::wire::Wire;
 use crate::policy::json::{Value, string_end};
 
 /// Frames larger than this are read anew each time: with log probabilities no two are alike.
@@ -77,7 +78,7 @@ struct Frame {
 
 impl Journal {
     /// Takes note of an event that the client was given as it is.
-    pub(super) fn observe(&mut self, data: &[u8], bytes_max: usize) {
+    pub(super) fn observe(&mut self, wire: Wire, data: &[u8], bytes_max: usize) {
         if self.overflow || self.unreadable || self.observe_like_last(data, bytes_max) {
             return;
         }
@@ -86,7 +87,7 @@ impl Journal {
             self.done = true;
             return;
         }
-        let Ok(chunk) = Chunk::read(data) else {
+        let Ok(chunk) = wire.read(data) else {
             self.unreadable = true;
             return;
         };
@@ -95,6 +96,10 @@ impl Journal {
             return;
         }
         self.introduce(&chunk);
+        if let Some(mark) = &chunk.mark {
+            self.unreadable |= self.repeats(&chunk);
+            self.append(Channel::Mark, mark.as_bytes(), bytes_max);
+        }
         for said in &chunk.said {
             match said.value.as_str() {
                 Some(text) => self.append(said.channel, text.as_bytes(), bytes_max),
@@ -134,6 +139,7 @@ impl Journal {
     fn remember(&mut self, data: &[u8], chunk: &Chunk<'_>) {
         let [said] = &chunk.said[..] else { return };
         let plain = said.mirror.is_none()
+            && chunk.mark.is_none()
             && chunk.finish.is_none()
             && chunk.usage.is_none()
             && chunk.calls.iter().all(|call| call.id.is_none());
@@ -168,6 +174,7 @@ impl Journal {
     pub(super) fn count(&mut self, chunk: &Chunk<'_>, base: Option<u64>) {
         self.details += chunk.details;
         self.finished |= chunk.finish.is_some_and(|finish| finish.is_good());
+        self.done |= chunk.done && self.finished;
         let number = |name| chunk.usage.and_then(|usage| usage.get(name)).and_then(|count| count.as_u64());
         if base == Some(0) && self.prompt_tokens.is_none() {
             self.prompt_tokens = number("prompt_tokens");
@@ -178,6 +185,11 @@ impl Journal {
             self.text_tokens =
                 number("completion_tokens").zip(base).map(|(new, base)| new.saturating_add(base));
         }
+    }
+
+    /// Whether a chunk says again, and behind itself, what may be said once only.
+    pub(super) fn repeats(&self, chunk: &Chunk<'_>) -> bool {
+        chunk.once && chunk.mark.as_ref().is_some_and(|mark| self.text.ends_with(mark.as_bytes()))
     }
 
     /// Adds a text.

@@ -19,6 +19,7 @@
 //! cannot go on. Events are bounded and judged by the caller's reader too; an engine's error abandons a leg.
 //! docs/adr/0017-resume.md lists each guard with the test that fails without it.
 
+mod anthropic;
 mod beside;
 mod chunk;
 mod continuation;
@@ -26,8 +27,10 @@ mod edit;
 mod journal;
 #[cfg(test)]
 mod model;
+mod ollama;
 #[cfg(test)]
 mod tests;
+mod wire;
 
 use std::borrow::Cow;
 use std::fmt;
@@ -40,9 +43,10 @@ use self::chunk::{Channel, Chunk};
 use self::continuation::{Seam, Verdict, continuation};
 use self::edit::Edits;
 use self::journal::{Cursor, Journal};
+use self::wire::{Framing, Wire};
 use super::dialect::{Endpoint, Engine, request_facts};
 use super::json::{Value, write_string};
-use crate::sse::{Decoder, Event, write_event};
+use crate::sse::{Event, write_event};
 
 /// A leg's event larger than this is not waited for. The caller's own bound is lower, and configured; this
 /// one only keeps a caller without one from growing without end.
@@ -163,7 +167,7 @@ impl Strategy {
 pub enum NotArmed {
     /// `mode = "off"`.
     Off,
-    /// Only chat completions and completions are.
+    /// Its streams cannot be spliced, or came framed in another way than the API's.
     Endpoint,
     /// No JSON object, as far as was looked.
     Body,
@@ -336,6 +340,7 @@ pub struct Fed {
 #[derive(Clone, Debug)]
 pub struct Splice {
     endpoint: Endpoint,
+    wire: Wire,
     policy: ResumePolicy,
     journal: Journal,
     withdrawn: SmallVec<[Strategy; 2]>,
@@ -355,13 +360,13 @@ pub struct Splice {
 /// A leg after the first.
 #[derive(Clone, Debug)]
 struct Leg {
-    decoder: Decoder,
+    framing: Framing,
     told: Told,
 }
 
 impl Leg {
     fn held(&self) -> usize {
-        self.decoder.pending().len() + self.told.held()
+        self.framing.pending() + self.told.held()
     }
 }
 
@@ -390,9 +395,7 @@ impl Splice {
         if policy.mode == ResumeMode::Off {
             return Err(NotArmed::Off);
         }
-        if !matches!(endpoint, Endpoint::ChatCompletions | Endpoint::Completions) {
-            return Err(NotArmed::Endpoint);
-        }
+        let Some(wire) = Wire::of(endpoint) else { return Err(NotArmed::Endpoint) };
         let facts = request_facts(endpoint, body).map_err(|_| NotArmed::Body)?;
         if !facts.stream {
             return Err(NotArmed::NotAStream);
@@ -405,6 +408,7 @@ impl Splice {
         }
         Ok(Self {
             endpoint,
+            wire,
             policy: *policy,
             journal: Journal::default(),
             withdrawn: SmallVec::new(),
@@ -417,10 +421,15 @@ impl Splice {
         })
     }
 
+    /// Whether its legs must tell their events by lines.
+    pub fn is_lines(&self) -> bool {
+        self.wire.is_lines()
+    }
+
     /// Leg 1: the data of each event that was forwarded unchanged (`[DONE]` included). The event must be
     /// valid JSON, as the caller found it.
     pub fn observe(&mut self, data: &[u8]) {
-        self.journal.observe(data, self.policy.journal_bytes_max);
+        self.journal.observe(self.wire, data, self.policy.journal_bytes_max);
     }
 
     /// Bytes it holds, for the process-wide memory bound.
@@ -477,7 +486,8 @@ impl Splice {
                 Way::Continue { seam: self.seam.take(), waiting: Vec::new(), base: self.journal.text_tokens }
             }
         };
-        self.leg = Some(Leg { decoder: Decoder::new(EVENT_BYTES_MAX), told: Told { spoke: false, way } });
+        self.leg =
+            Some(Leg { framing: Framing::new(self.wire, EVENT_BYTES_MAX), told: Told { spoke: false, way } });
     }
 
     /// Leg ≥ 2: raw bytes of whole events of the new leg; what the client gets of them is appended to `out`.
@@ -485,10 +495,10 @@ impl Splice {
     /// An error means: abandon this leg. What `out` got before it, in this call too, was verified, counts as
     /// delivered and must be forwarded; nothing else of the leg will be. Comments are dropped.
     pub fn feed(&mut self, raw: &[u8], out: &mut Vec<u8>) -> Result<Fed, Abandon> {
-        let Some(Leg { mut decoder, mut told }) = self.leg.take() else { return Err(Abandon::NoLeg) };
+        let Some(Leg { mut framing, mut told }) = self.leg.take() else { return Err(Abandon::NoLeg) };
         let spoke_before = told.spoke;
         let mut result = Ok(());
-        let read = decoder.feed(raw, |event| {
+        let read = framing.feed(raw, |event| {
             result = self.take(&mut told, &event, out);
             if result.is_err() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         });
@@ -498,7 +508,7 @@ impl Splice {
         result?;
         read.map_err(|_| Abandon::Unreadable)?;
         let fed = Fed { spoke: told.spoke, finished: self.journal.finished };
-        self.leg = Some(Leg { decoder, told });
+        self.leg = Some(Leg { framing, told });
         Ok(fed)
     }
 
@@ -560,10 +570,17 @@ impl Splice {
             self.write_done(out);
             return Ok(());
         }
-        let chunk = Chunk::read(event.data).map_err(|_| Abandon::Unreadable)?;
+        let chunk = self.wire.read(event.data).map_err(|_| Abandon::Unreadable)?;
         if chunk.error || event.name == Some(b"error") || chunk.finish.is_some_and(|finish| !finish.is_good())
         {
             return Err(Abandon::Failed);
+        }
+        if chunk.done && chunk.finish.is_none() {
+            if !self.journal.finished {
+                return Err(Abandon::EndedEarly);
+            }
+            self.write_done(out);
+            return Ok(());
         }
         let Some(choices) = chunk.choices else { return Err(Abandon::Unreadable) };
         if choices > 1 || chunk.index != 0 {
@@ -594,11 +611,20 @@ impl Splice {
         let texts = texts(chunk)?;
         let mut edits = Edits::default();
         let mut news: SmallVec<[usize; 2]> = SmallVec::from_elem(0, texts.len());
+        let mut had_mark = false;
         if told.spoke {
             self.journal.unreadable |= chunk.unknown;
         } else {
             if chunk.unknown {
                 return Err(Abandon::Unreadable);
+            }
+            if let Some(mark) = &chunk.mark {
+                let passed = cursor.pass(&self.journal, Channel::Mark, mark.as_bytes());
+                had_mark = match passed.map_err(|_| Abandon::Diverged)? {
+                    0 => false,
+                    all if all == mark.len() => true,
+                    _ => return Err(Abandon::Diverged),
+                };
             }
             for ((said, text), from) in chunk.said.iter().zip(&texts).zip(&mut news) {
                 let passed = cursor.pass(&self.journal, said.channel, text.as_bytes());
@@ -617,8 +643,9 @@ impl Splice {
             }
             let details = cursor.details;
             cursor.details += chunk.details;
-            let swallowed = news.iter().any(|&from| from > 0);
-            let silent = texts.iter().zip(&news).all(|(text, &from)| from == text.len());
+            let swallowed = had_mark || news.iter().any(|&from| from > 0);
+            let texts_said = texts.iter().zip(&news).all(|(text, &from)| from == text.len());
+            let silent = texts_said && (had_mark || chunk.mark.is_none());
             if silent && chunk.finish.is_none() {
                 let in_detail = chunk.details > 0 && details >= self.journal.details;
                 let call =
@@ -632,6 +659,13 @@ impl Splice {
             if chunk.details > 0 && (swallowed || details != self.journal.details) {
                 return Err(Abandon::Unsplittable);
             }
+            // What the client has begun cannot be begun again.
+            if had_mark {
+                return Err(Abandon::Unsplittable);
+            }
+        }
+        if self.journal.repeats(chunk) {
+            return Err(Abandon::Unsplittable);
         }
         self.say(told, data, chunk, &texts, &news, edits, out);
         Ok(())
@@ -714,6 +748,7 @@ impl Splice {
             || chunk.finish.is_some()
             || chunk.details > 0
             || chunk.unknown
+            || chunk.mark.is_some()
             || !chunk.calls.is_empty();
         if !speaks && !role && chunk.usage.is_none() {
             return;
@@ -727,6 +762,9 @@ impl Splice {
                 Some(again) if !begun => edits.replace(id.span(), again),
                 _ => self.journal.meet_call(call.index, id.raw(), begun),
             }
+        }
+        if let Some(mark) = &chunk.mark {
+            self.journal.append(Channel::Mark, mark.as_bytes(), self.policy.journal_bytes_max);
         }
         for ((said, text), &from) in chunk.said.iter().zip(texts).zip(news) {
             let new = text.as_bytes().get(from..).unwrap_or_default();
@@ -768,7 +806,7 @@ impl Splice {
             }
         }
         self.journal.introduce(chunk);
-        write_event(out, None, &edits.apply(data));
+        self.wire.write(out, chunk, &edits.apply(data));
     }
 
     /// The usage of the whole answer, where all of its counts are known.
@@ -806,7 +844,7 @@ impl Splice {
     }
 
     fn write_done(&mut self, out: &mut Vec<u8>) {
-        write_event(out, None, b"[DONE]");
+        self.wire.write_end(out);
         self.journal.done = true;
     }
 }
