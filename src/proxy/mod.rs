@@ -150,12 +150,14 @@ impl Worker {
             total,
             is_fallback: false,
         };
+        let upgrade = headers::upgrade(head);
+        let (fields, own) = admit::outgoing_headers(head, endpoint, client, &ledger.id);
         let asked = Asked {
             id: ledger.id.clone(),
             endpoint,
             dialect,
             method: head.method.clone(),
-            upgrade: headers::upgrade(head),
+            upgrade,
             model_span,
             stream: facts.stream,
             choices: facts.choices.max(1),
@@ -167,7 +169,8 @@ impl Worker {
             replay,
             priority: rule.and_then(|rule| rule.priority),
             limits: config.limits.clone(),
-            headers: admit::outgoing_headers(head, endpoint, client, &ledger.id),
+            headers: fields,
+            own,
         };
         Ok((asked, body, leg))
     }
