@@ -17,6 +17,9 @@ use crate::proxy::client::{Client, HeadDefect};
 use crate::proxy::headers::{self, Own};
 use crate::proxy::respond::Refusal;
 
+/// What is usually set: three about the client, and the request id.
+const OWN_FIELDS: usize = 4;
+
 const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 
 /// What an exchange asks for, fixed at its admission.
@@ -123,7 +126,7 @@ pub(super) fn outgoing_headers(
     id: &HeaderValue,
 ) -> (HeaderMap, Own) {
     let mut fields = std::mem::take(&mut head.headers);
-    let mut own = Own::new();
+    let mut own = Own::with_capacity(OWN_FIELDS);
     headers::strip_hop_by_hop(&mut fields);
     headers::forward(&mut fields, &mut own, &head.uri, client);
     if head.version == Version::HTTP_2 {

@@ -30,7 +30,7 @@ const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
 
 /// Fields that evergate sets. They stand for all of the same name that the client sent, and are kept beside those:
 /// putting them into the map would make it grow for each request.
-pub(super) type Own = SmallVec<[(HeaderName, HeaderValue); 6]>;
+pub(super) type Own = Vec<(HeaderName, HeaderValue)>;
 
 /// Fields of one connection, whatever `Connection` says.
 const HOP_BY_HOP: [HeaderName; 6] = [
