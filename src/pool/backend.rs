@@ -328,6 +328,11 @@ impl Backend {
         &self.lanes[worker]
     }
 
+    /// When work of any kind moved here last.
+    pub fn moved_at(&self) -> Moment {
+        self.signs.moved_at()
+    }
+
     /// Unfinished attempts.
     pub fn in_flight(&self) -> u32 {
         self.in_flight.load(Ordering::Relaxed)

@@ -20,7 +20,7 @@ use crate::policy::moves::MOVES_MAX;
 use crate::policy::poison;
 use crate::policy::resume::{Plan, Refused, Splice};
 use crate::policy::retry::{Cause, Facts, Phase, Verdict, verdict};
-use crate::pool::{About, BackendId, Choice, Wanted};
+use crate::pool::{About, BackendId, Choice, Nobody, Wanted};
 use crate::proxy::admit::Asked;
 use crate::proxy::attempt::{Answer, Attempt, Outcome};
 use crate::proxy::hedge::Tried;
@@ -335,7 +335,7 @@ async fn search(
     let body = plan.body.map_or_else(|| request.body.clone(), Bytes::from);
     let mut tried = broke;
     for number in 1..=u32::from(leg.policy.attempts_max) {
-        let Some(choice) = choose(&request, &mut leg, &tried, wait).await else { break };
+        let Some(choice) = choose(&request, &mut leg, &mut tried, wait).await else { break };
         tried.push(choice.backend().id);
         let mut watch = Watch::new(request.worker.alarms.alarm(), leg.total);
         let attempt = Attempt {
@@ -377,9 +377,16 @@ async fn search(
     found
 }
 
-/// The backend of the next leg: not one that broke it, rather one that has just shown life. Waited for as any is.
-async fn choose(request: &Request, leg: &mut Leg, tried: &[BackendId], wait: Duration) -> Option<Choice> {
-    let until = clock::now() + wait;
+/// The backend of the next leg: rather one that has just shown life, and one that was not tried. Waited for as any is;
+/// where all were tried, one that has spoken to somebody since may be asked again.
+async fn choose(
+    request: &Request,
+    leg: &mut Leg,
+    tried: &mut SmallVec<[BackendId; 4]>,
+    wait: Duration,
+) -> Option<Choice> {
+    let began = clock::now();
+    let until = began + wait;
     loop {
         // The configuration may have changed since the stream began; that may be why it has to move.
         if let Some(pool) = request.worker.directory.look().pool(&leg.pool.config.name) {
@@ -396,10 +403,20 @@ async fn choose(request: &Request, leg: &mut Leg, tried: &[BackendId], wait: Dur
             replayable: false,
             paid: true,
         };
-        match request.worker.with_rng(|rng| leg.pool.pick(&wanted, rng)) {
+        let nobody = match request.worker.with_rng(|rng| leg.pool.pick(&wanted, rng)) {
             Ok(choice) => return Some(choice),
-            Err(_nobody) if clock::now() < until => tokio::time::sleep(LOOK).await,
-            Err(_nobody) => return None,
+            Err(nobody) => nobody,
+        };
+        if clock::now() >= until {
+            return None;
+        }
+        tokio::time::sleep(LOOK).await;
+        if nobody == Nobody::AllTried {
+            let returned = |id: BackendId| {
+                let member = leg.pool.members.iter().find(|member| member.backend.id == id);
+                member.is_some_and(|member| member.backend.moved_at() > began)
+            };
+            tried.retain(|id| !returned(*id));
         }
     }
 }

@@ -184,7 +184,7 @@ impl EventRelay {
         for chunk in &self.ahead {
             // The gate holds whole events, and no more of them than it may.
             let _ = decoder.feed(chunk, |event| {
-                room &= resume.observe(event.data);
+                room &= !event.has_data || resume.observe(event.data);
                 ControlFlow::Continue(())
             });
         }

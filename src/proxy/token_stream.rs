@@ -13,6 +13,9 @@ use crate::policy::dialect::{Endpoint, EventReader, Finish, StreamProgress};
 use crate::policy::retry::Cause;
 use crate::sse::{Decoder, Event, Lines, TooLarge, write_event};
 
+/// An event with nothing but data has no more bytes around it: `data: `, two CRLF, and a space before one of them.
+const FRAME_BYTES: usize = 11;
+
 /// The reader of one answer.
 pub(super) struct TokenStream {
     framing: Framing,
@@ -106,7 +109,10 @@ impl TokenStream {
             fed.any = true;
             match judge(&event, reader, progress, sequence, *endpoint, &mut fed.meaningful) {
                 None => {
-                    note(event.data);
+                    // A comment tells the client nothing.
+                    if event.has_data {
+                        note(event.data);
+                    }
                     ControlFlow::Continue(())
                 }
                 Some(cause) => {
@@ -162,9 +168,7 @@ impl TokenStream {
         if !self.progress.whole_at_end(self.endpoint, clean.is_ok()) {
             return Ending::Broken(clean.err().unwrap_or(Cause::EndedEarly));
         }
-        if clean.is_err() {
-            self.write_terminator(&mut rest);
-        }
+        self.write_terminator(&mut rest);
         Ending::Whole(rest.into())
     }
 
@@ -236,6 +240,11 @@ fn judge(
     endpoint: Endpoint,
     meaningful: &mut bool,
 ) -> Option<Cause> {
+    // What stands around the data is passed on unread, and client libraries decode all of it.
+    let around = event.raw.len() - event.data.len();
+    if around > FRAME_BYTES && std::str::from_utf8(event.raw).is_err() {
+        return Some(Cause::InvalidEvent);
+    }
     let Ok(facts) = reader.read(event) else { return Some(Cause::InvalidEvent) };
     progress.observe(&facts);
     if let Some(class) = facts.error {
@@ -314,8 +323,15 @@ mod tests {
             (TOKEN.to_owned(), true, TOKEN.to_owned(), "ended_early"),
             (format!("{TOKEN}{ERROR}{DONE}"), true, TOKEN.to_owned(), "error_event"),
             (format!("{TOKEN}data: {{nonsense\n\n"), true, TOKEN.to_owned(), "invalid_event"),
+            (
+                format!("{TOKEN}: a comment\n\n{TOKEN}"),
+                false,
+                format!("{TOKEN}: a comment\n\n{TOKEN}"),
+                "truncated",
+            ),
             // The tail is completed locally.
             (format!("{TOKEN}{FINISH}"), false, whole.clone(), "ok"),
+            (format!("{TOKEN}{FINISH}"), true, whole.clone(), "ok"),
             (format!("{TOKEN}{FINISH}data: [DO"), false, whole.clone(), "ok"),
             (format!("{TOKEN}{FINISH}{ERROR}"), true, whole.clone(), "ok"),
             (
@@ -328,6 +344,24 @@ mod tests {
             for split in 0..=wire.len() {
                 assert_eq!(relay(&wire, split, clean), (sees.clone(), end), "{wire:?} split at {split}");
             }
+        }
+    }
+
+    #[test]
+    fn bytes_that_are_no_text_are_not_passed_on_wherever_they_stand() {
+        for bad in [
+            &b"\xff\xfe garbage\n\n"[..],
+            b": \xff comment \xff\n\n",
+            b"event: \xff\xff\xffname\ndata: {}\n\n",
+        ] {
+            let mut stream = TokenStream::new(Endpoint::ChatCompletions, 1, false, 1 << 20);
+            let mut out = VecDeque::new();
+            let mut notes = 0;
+            let wire = [TOKEN.as_bytes(), b": beat\n\n", bad].concat();
+            let fed = stream.feed(wire.into(), &mut out, |_| notes += 1);
+            assert_eq!(fed.broken.map(|fault| fault.cause), Some(Cause::InvalidEvent), "{bad:?}");
+            assert_eq!(out.iter().map(Bytes::len).sum::<usize>(), TOKEN.len() + 8);
+            assert_eq!(notes, 1, "a comment is no event");
         }
     }
 
