@@ -16,6 +16,8 @@ mod chaos;
 mod crowd;
 mod engine;
 mod every_byte;
+mod memory;
+mod refusals;
 #[path = "../support/mod.rs"]
 mod support;
 mod view;
