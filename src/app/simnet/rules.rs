@@ -1,0 +1,152 @@
+//! What every exchange was promised, as numbers of virtual time.
+//!
+//! As long as one backend can serve it, an exchange ends with its whole answer; where none can, with evergate's own
+//! refusal or one error event. The clocks are those of failures.md with the default configuration, plus what the
+//! links and the replica take where nothing is wrong.
+
+use std::time::Duration;
+
+use super::client::Verdict;
+use super::plan::{Kind, Plan, Scenario, Trouble};
+use super::world::{Exchange, Told};
+
+const fn secs(seconds: u64) -> Duration {
+    Duration::from_secs(seconds)
+}
+
+/// `clocks.connect`.
+const CONNECT: Duration = secs(2);
+/// `retry.wait_max`.
+const WAIT: Duration = secs(2);
+/// A backend that is suspected is asked, and answers within this or not.
+const VERIFY: Duration = secs(1);
+/// A connection whose other side acknowledges nothing is given up (`upstream::connect`).
+const PATIENCE: Duration = secs(10);
+/// Alarms, ticks of the pool and rounded timers, over all steps of an exchange.
+const TICKS: Duration = Duration::from_millis(400);
+/// Requests that backends may receive for one exchange: three attempts, a hedge, and the legs of two resumes.
+const RECEIVED_MAX: u32 = 6;
+
+/// What is late about an exchange, for the summary of a run.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Lateness {
+    pub(super) first: Duration,
+    pub(super) gap: Duration,
+    pub(super) refused: Duration,
+}
+
+/// How long an exchange may take.
+struct Bounds {
+    first: Duration,
+    gap: Duration,
+}
+
+/// What the links take of it where nothing is wrong: a connection from the client, one to the backend, and a round trip.
+fn links(plan: &Plan) -> Duration {
+    let far = plan.links.iter().map(|link| link.latency + link.jitter).max().unwrap_or_default();
+    4 * far + 4 * (plan.clients.latency + plan.clients.jitter)
+}
+
+fn healthy(plan: &Plan, exchange: &Exchange) -> Duration {
+    let whole = if exchange.ask.kind.streams() { Duration::ZERO } else { exchange.lasts };
+    links(plan) + plan.first_token + whole
+}
+
+fn bounds(plan: &Plan, exchange: &Exchange) -> Bounds {
+    // Suspicion, in a pool that knows its traffic and in one that does not.
+    let usual = healthy(plan, exchange);
+    let late = if plan.known { secs(2).max(4 * usual) } else { secs(10).max(4 * usual) };
+    let silent = if plan.known { secs(1) } else { secs(5) };
+    // To begin anew elsewhere, and to say again what the client has.
+    let again = links(plan) + plan.first_token + exchange.lasts;
+    let (first, gap) = match plan.scenario {
+        Scenario::Calm | Scenario::Latency => (Duration::ZERO, Duration::ZERO),
+        Scenario::Refusals => (Duration::ZERO, Duration::ZERO),
+        Scenario::SilentConnects => (CONNECT, Duration::ZERO),
+        Scenario::Breaks => (again, again),
+        Scenario::RestartStorm => (WAIT + again, WAIT + again),
+        Scenario::Partition | Scenario::OneWay | Scenario::SlowLink => {
+            (late + VERIFY + CONNECT + again, silent + VERIFY + CONNECT + again)
+        }
+        Scenario::HalfOpen => (late.max(PATIENCE) + CONNECT + again, PATIENCE + CONNECT + again),
+        Scenario::AllDown => (late + VERIFY + 3 * CONNECT + WAIT + again, PATIENCE + secs(100)),
+    };
+    let pace = Duration::from_secs_f64(2.0 / plan.tokens_per_second);
+    Bounds { first: healthy(plan, exchange) + first + TICKS, gap: gap + links(plan) + pace + TICKS }
+}
+
+/// The rules that `told` breaks.
+pub(super) fn broken(plan: &Plan, told: &Told) -> Vec<String> {
+    let mut broken = told.broken.clone();
+    for exchange in &told.exchanges {
+        if let Err(why) = judge(plan, exchange) {
+            broken.push(format!("{why}: {exchange:?}"));
+        }
+    }
+    broken
+}
+
+fn judge(plan: &Plan, exchange: &Exchange) -> Result<(), String> {
+    let bounds = bounds(plan, exchange);
+    if exchange.received > RECEIVED_MAX {
+        return Err(format!("backends received it {} times", exchange.received));
+    }
+    match &exchange.verdict {
+        // Its client left, in the middle of something.
+        None => Ok(()),
+        Some(Verdict::Whole) => {
+            let first = exchange.first.unwrap_or_default();
+            if first > bounds.first {
+                return Err(format!("its first byte came after {first:?}, not within {:?}", bounds.first));
+            }
+            if exchange.ask.kind.streams() && exchange.gap > bounds.gap {
+                return Err(format!("it was silent for {:?}, not {:?} at most", exchange.gap, bounds.gap));
+            }
+            Ok(())
+        }
+        Some(Verdict::Refused(..) | Verdict::ErrorEvent(_)) if plan.scenario == Scenario::AllDown => {
+            refused(plan, exchange)
+        }
+        Some(Verdict::Refused(..) | Verdict::ErrorEvent(_)) => Err("it failed, and a backend was well".to_owned()),
+        Some(Verdict::Wrong(_)) => Err("it is wrong".to_owned()),
+    }
+}
+
+/// With nobody there: how soon it is told, and how long after somebody is.
+fn refused(plan: &Plan, exchange: &Exchange) -> Result<(), String> {
+    let back = |(at, what): &(Duration, Trouble)| {
+        let is_back = match what {
+            Trouble::Start(..) => true,
+            Trouble::Open(_, open) => *open == [true; 2],
+            Trouble::Door(_, door) => *door == crate::net::simulated::Door::Open,
+            _ => false,
+        };
+        is_back.then_some(*at)
+    };
+    let first_back = plan.trouble.iter().filter_map(back).min().unwrap_or_default();
+    if exchange.ask.at >= first_back + secs(2) {
+        return Err("it failed, and a backend was back for two seconds".to_owned());
+    }
+    let at_most = match exchange.nobody {
+        // Who is let try a backend that does not answer may have waited before.
+        true => WAIT + CONNECT + Duration::from_millis(500) + links(plan),
+        false => bounds(plan, exchange).first,
+    };
+    if matches!(exchange.verdict, Some(Verdict::Refused(..))) && exchange.took > at_most {
+        return Err(format!("it was refused after {:?}, not within {at_most:?}", exchange.took));
+    }
+    Ok(())
+}
+
+/// How far beyond the healthy it was.
+pub(super) fn lateness(plan: &Plan, exchange: &Exchange) -> Lateness {
+    match &exchange.verdict {
+        Some(Verdict::Whole) => Lateness {
+            first: exchange.first.unwrap_or_default().saturating_sub(healthy(plan, exchange)),
+            gap: if exchange.ask.kind == Kind::Chat { Duration::ZERO } else { exchange.gap },
+            refused: Duration::ZERO,
+        },
+        Some(Verdict::Refused(..)) => Lateness { refused: exchange.took, ..Lateness::default() },
+        _ => Lateness::default(),
+    }
+}
