@@ -14,6 +14,7 @@ use super::{
     AccessLogTarget, Admin, BackendClocks, ClientClocks, Generate, HealthPage, Limits, Listener, Load,
     LogFormat, Probe, ProbeKind, Scrape, Telemetry,
 };
+use crate::policy::moves::DrainClocks;
 
 /// Longer than most streams need to end, shorter than the 30 s + slack orchestrators wait before SIGKILL.
 pub(super) const DRAIN_DEADLINE: Duration = Duration::from_secs(30);
@@ -100,6 +101,12 @@ impl Default for BackendClocks {
             answer: Duration::from_secs(600),
             inter_token: Duration::from_secs(15),
             silence_max: Duration::from_secs(300),
+            drain: DrainClocks {
+                // Most answers end by themselves in that time, and moving costs a peer a prefill or the whole answer.
+                move_after: Duration::from_secs(30),
+                // Longer than nearly any answer takes; whoever waits for an idle replica waits no longer than this.
+                end_after: Duration::from_secs(600),
+            },
             body_idle: Duration::from_secs(15),
             total: None,
             // uvicorn and llama.cpp close at 5 s.

@@ -18,6 +18,7 @@ use crate::policy::admission::{LengthMax, QueuePolicy};
 use crate::policy::balance::{AffinityKey, BalancePolicy};
 use crate::policy::fallback::Fallback;
 use crate::policy::health::HealthPolicy;
+use crate::policy::moves::DrainClocks;
 use crate::policy::outlier::OutlierPolicy;
 use crate::policy::progress::ProgressPolicy;
 use crate::policy::resume::ResumePolicy;
@@ -485,6 +486,7 @@ fn clocks_table(out: &mut Writer, clocks: &BackendClocks) {
         answer,
         inter_token,
         silence_max,
+        drain: DrainClocks { move_after, end_after },
         body_idle,
         total,
         idle,
@@ -501,6 +503,8 @@ fn clocks_table(out: &mut Writer, clocks: &BackendClocks) {
     out.duration("answer", answer);
     out.duration("inter_token", inter_token);
     out.duration("silence_max", silence_max);
+    out.duration("drain_move", move_after);
+    out.duration("drain_end", end_after);
     out.duration("body_idle", body_idle);
     if let Some(total) = total {
         out.duration("total", total);

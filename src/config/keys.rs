@@ -134,6 +134,8 @@ pub(super) const CLOCKS: Section = Section {
         "answer",
         "inter_token",
         "silence_max",
+        "drain_move",
+        "drain_end",
         "body_idle",
         "total",
         "idle",

@@ -40,6 +40,7 @@ use crate::policy::balance::BalancePolicy;
 use crate::policy::dialect::Engine;
 use crate::policy::fallback::Fallback;
 use crate::policy::health::HealthPolicy;
+use crate::policy::moves::DrainClocks;
 use crate::policy::outlier::OutlierPolicy;
 use crate::policy::progress::ProgressPolicy;
 use crate::policy::resume::ResumePolicy;
@@ -262,10 +263,12 @@ pub struct BackendClocks {
     pub first_token: Duration,
     /// Response head of a request that does not stream. Default 600 s.
     pub answer: Duration,
-    /// Silence between two events of a stream. Default 15 s... enforced as a visible end only at `silence_max`.
+    /// Silence between two events of a stream; then another backend is asked beside the silent one. Default 15 s.
     pub inter_token: Duration,
     /// Longest silence of a stream whose backend verifies alive. Default 300 s.
     pub silence_max: Duration,
+    /// When streams leave a backend that is drained or removed. Default: moved after 30 s, ended after 10 min.
+    pub drain: DrainClocks,
     /// Silence inside a body that is not a token stream. Default 15 s.
     pub body_idle: Duration,
     /// The whole exchange. Default none.

@@ -27,6 +27,7 @@ use crate::policy::balance::{AffinityKey, BalancePolicy};
 use crate::policy::dialect::{Endpoint, Engine, Question};
 use crate::policy::fallback::{FALLBACKS_MAX, Fallback, FallbackCause};
 use crate::policy::health::HealthPolicy;
+use crate::policy::moves::DrainClocks;
 use crate::policy::outlier::OutlierPolicy;
 use crate::policy::progress::ProgressPolicy;
 use crate::policy::resume::{ResumeMode, ResumePolicy};
@@ -923,6 +924,10 @@ fn backend_clocks(table: &Table<'_>) -> BackendClocks {
         answer: clock("answer", default.answer),
         inter_token: clock("inter_token", default.inter_token),
         silence_max: clock("silence_max", default.silence_max),
+        drain: DrainClocks {
+            move_after: table.duration("drain_move", default.drain.move_after, MAY_BE_ZERO),
+            end_after: clock("drain_end", default.drain.end_after),
+        },
         body_idle: clock("body_idle", default.body_idle),
         total: table.item("total").and_then(|item| item.duration(RUNNING)).or(default.total),
         idle: clock("idle", default.idle),
@@ -932,6 +937,7 @@ fn backend_clocks(table: &Table<'_>) -> BackendClocks {
     };
     not_longer(table, "connect", clocks.connect, "connect_tls", clocks.connect_tls);
     not_longer(table, "inter_token", clocks.inter_token, "silence_max", clocks.silence_max);
+    not_longer(table, "drain_move", clocks.drain.move_after, "drain_end", clocks.drain.end_after);
     table.refuse_unknown_keys();
     clocks
 }

@@ -93,4 +93,10 @@ mod tests {
         }
         assert_eq!(Used::default().next(&[], Slow), None);
     }
+
+    #[test]
+    fn causes_have_the_names_of_the_documentation() {
+        let names = FallbackCause::ALL.map(FallbackCause::name);
+        assert_eq!(names, ["unavailable", "busy", "slow", "context_length"]);
+    }
 }

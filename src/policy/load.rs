@@ -189,6 +189,15 @@ mod tests {
     }
 
     #[test]
+    fn braces_and_quotes_in_a_label_end_nothing() {
+        for label in ["a}b", r#"a\"} 9 b"#, r"a\\", r#"\"}\""#, "}"] {
+            let page = format!("tgi_queue_size{{name=\"{label}\"}} 7\n");
+            let waiting = parse(page.as_bytes()).map(|reported| reported.waiting);
+            assert_eq!(waiting, Some(7), "{page}");
+        }
+    }
+
+    #[test]
     fn our_own_requests_are_not_counted_twice() {
         let reported = Reported { running: 5, waiting: 3, cache_used: None };
         assert_eq!(reported.foreign(0), 8);

@@ -13,6 +13,7 @@ pub mod hedge;
 pub mod identity;
 pub mod json;
 pub mod load;
+pub mod moves;
 pub mod outlier;
 pub mod poison;
 pub mod progress;

@@ -309,6 +309,14 @@ mod tests {
     }
 
     #[test]
+    fn below_a_domain_is_a_name_with_something_before_it() {
+        let below = HostPattern::Below(".example.com".to_owned());
+        assert!(below.holds("a.Example.com."));
+        assert!(!below.holds(".example.com"));
+        assert!(!below.holds("com"));
+    }
+
+    #[test]
     fn one_pool_without_any_route_takes_everything_unread() {
         let table = Table::new(&[], &[pool("only", &[], &[])]);
         let headers = HeaderMap::new();

@@ -76,6 +76,8 @@ pub struct Backend {
     pub(super) unfinished: List,
     pub(super) signs: Signs,
     admin: AtomicU8,
+    /// Microseconds: since when it is on its way out; 0 while it is not.
+    leaving_since: AtomicU64,
     /// What it last said at `/v1/models`.
     listed: ArcSwapOption<Listed>,
     last_probe: ArcSwapOption<LastProbe>,
@@ -127,6 +129,8 @@ pub struct Record {
     first_token: Mutex<[Ewma; Class::COUNT]>,
     /// Grows with each ejection: attempts that waited here when it did are rescued.
     ejections: Arc<AtomicU64>,
+    /// Grows with those, and when the backend begins or ceases to be on its way out: its streams look why.
+    calls: Arc<AtomicU64>,
 }
 
 impl Record {
@@ -142,6 +146,7 @@ impl Record {
             failed_lately: AtomicBool::new(false),
             first_token: Mutex::new([Ewma::default(); Class::COUNT]),
             ejections: Arc::new(AtomicU64::new(0)),
+            calls: Arc::new(AtomicU64::new(0)),
         }
     }
 
@@ -250,8 +255,18 @@ impl Record {
         (self.ejections.clone(), self.ejections.load(Ordering::Acquire))
     }
 
+    /// The counter that grows when streams should look whether they can stay, and its value now.
+    pub fn calls(&self) -> (Arc<AtomicU64>, u64) {
+        (self.calls.clone(), self.calls.load(Ordering::Acquire))
+    }
+
     pub(super) fn ejected(&self) {
         self.ejections.fetch_add(1, Ordering::AcqRel);
+        self.call();
+    }
+
+    fn call(&self) {
+        self.calls.fetch_add(1, Ordering::AcqRel);
     }
 }
 
@@ -289,6 +304,7 @@ impl Backend {
             unfinished: List::default(),
             signs: Signs::default(),
             admin: AtomicU8::new(Administrative::Enabled as u8),
+            leaving_since: AtomicU64::new(0),
             listed: ArcSwapOption::empty(),
             last_probe: ArcSwapOption::empty(),
             last_verify: Mutex::new(None),
@@ -415,6 +431,24 @@ impl Backend {
             Administrative::Disabled => 2,
         };
         self.admin.store(code, Ordering::Relaxed);
+        self.set_leaving(state != Administrative::Enabled);
+    }
+
+    /// It is on its way out, or not any more; its streams are told.
+    pub(super) fn set_leaving(&self, leaving: bool) {
+        let now = if leaving { clock::now().as_micros().max(1) } else { 0 };
+        let set = |since: u64| ((since > 0) != leaving).then_some(now);
+        if self.leaving_since.fetch_update(Ordering::AcqRel, Ordering::Acquire, set).is_ok() {
+            self.whole.call();
+            for (_, record) in self.by_model.read().iter() {
+                record.call();
+            }
+        }
+    }
+
+    /// Since when it is on its way out: drained, disabled, or gone from the configuration.
+    pub fn leaving_since(&self) -> Option<Moment> {
+        Some(self.leaving_since.load(Ordering::Acquire)).filter(|&at| at > 0).map(Moment::from_micros)
     }
 
     /// What it last listed at `/v1/models`.

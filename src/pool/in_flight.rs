@@ -118,6 +118,11 @@ impl Unfinished {
         self.late.store(true, Ordering::Relaxed);
     }
 
+    /// Whether its first token is late at `now`, told so already or not.
+    fn is_overdue(&self, now: Moment) -> bool {
+        self.late_at() <= now && self.work().is_some_and(|work| !work.streaming)
+    }
+
     /// What it waits for; none when it does not.
     pub(super) fn work(&self) -> Option<Work> {
         let since = self.waits_since.load(Ordering::Relaxed);
@@ -128,6 +133,11 @@ impl Unfinished {
             streaming: self.streaming.load(Ordering::Relaxed),
         })
     }
+}
+
+/// Whether `backend` keeps others waiting beyond their time, and nothing was heard of it since.
+pub(super) fn is_behind(backend: &Backend, since: Moment, now: Moment) -> bool {
+    backend.signs.moved_at() < since && backend.unfinished.lock().iter().any(|one| one.is_overdue(now))
 }
 
 impl Drop for InFlight {

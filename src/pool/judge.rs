@@ -107,6 +107,11 @@ impl Choice {
         self.record.ejections()
     }
 
+    /// The counter that grows when streams here should look whether they can stay, and its value now.
+    pub fn calls(&self) -> (Arc<AtomicU64>, u64) {
+        self.record.calls()
+    }
+
     fn model_of(&self, record: &Arc<Record>) -> Option<String> {
         let models =
             if Arc::ptr_eq(record, self.backend().whole()) { return None } else { self.backend().models() };

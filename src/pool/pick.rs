@@ -14,7 +14,7 @@ use crate::policy::dialect::Endpoint;
 use crate::policy::health::{Administrative, Panic, Standing};
 use crate::policy::progress::{CLASSES, Kind};
 use crate::pool::backend::{Backend, BackendId, Record};
-use crate::pool::in_flight::InFlight;
+use crate::pool::in_flight::{InFlight, is_behind};
 use crate::pool::line::Line;
 use crate::pool::snapshot::{Member, Pool};
 use crate::pool::state::PoolState;
@@ -117,6 +117,12 @@ impl Choice {
     /// The backend chosen.
     pub fn backend(&self) -> &Arc<Backend> {
         &self.member().backend
+    }
+
+    /// Whether an attempt that has waited elsewhere since `since` has little to hope for from it: it is out, on trial,
+    /// or itself late with others' first tokens and has shown no life in that time.
+    pub fn is_doubtful(&self, since: Moment) -> bool {
+        self.suspect || self.trial.is_some() || is_behind(self.backend(), since, clock::now())
     }
 }
 

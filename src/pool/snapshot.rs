@@ -151,8 +151,9 @@ impl Directory {
             }
         }
         for (_, member) in old.members().filter(|(_, member)| !has(new, &member.backend)) {
-            // What runs there goes on; its connections close as it ends.
+            // What runs there goes on for a while; its connections close as it ends.
             member.backend.close_kept();
+            member.backend.set_leaving(true);
             applied.removed += 1;
             // One of the same name at another address goes on with the series.
             let goes_on = new.members().any(|(_, other)| {

@@ -8,12 +8,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use http::{HeaderValue, Method, Request, StatusCode, header, request};
+use http::uri::{InvalidUri, PathAndQuery};
+use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use tokio::time::timeout;
 
 use crate::pool::Member;
 use crate::upstream::{
-    ConnectError, ConnectFailure, InBody, Lane, Lease, OutBody, SendError, SendFailure, Want,
+    ConnectError, ConnectFailure, InBody, Lane, Lease, OutBody, OutHead, SendError, SendFailure, Want,
 };
 
 const USER_AGENT: HeaderValue =
@@ -87,9 +88,10 @@ async fn ask(
     let asked = timeout(within, async {
         let lease = lease(member).await?;
         connected = true;
-        let head = head(member, path, json.as_ref(), lease.is_h2())?;
+        let (method, path, headers) = head(member, path, json.as_ref(), lease.is_h2())?;
+        let head = OutHead { method: &method, path, headers: &headers, also: &[] };
         let body = json.map_or(OutBody::Empty, |json| OutBody::Whole(Some(json)));
-        let answer = lease.send(&member.target, head, body).await;
+        let answer = lease.send(&member.target, &head, body).await;
         let mut answer = answer.map_err(|e| NoAnswer::from(&e))?;
         status = Some(answer.head.status);
         Ok(read(&mut answer.body, body_max).await)
@@ -110,28 +112,29 @@ async fn lease(member: &Member) -> Result<Lease, NoAnswer> {
     Arc::new(Lane::default()).lease(&member.target, Want::Fresh).await.map_err(NoAnswer::from)
 }
 
-fn head(member: &Member, path: &str, json: Option<&Bytes>, h2: bool) -> Result<request::Parts, NoAnswer> {
+fn head(
+    member: &Member,
+    path: &str,
+    json: Option<&Bytes>,
+    h2: bool,
+) -> Result<(Method, PathAndQuery, HeaderMap), NoAnswer> {
     let params = &member.params;
-    let method = if json.is_some() { Method::POST } else { Method::GET };
-    let mut request = Request::builder()
-        .method(method)
-        .uri(format!("{}{path}", params.path_prefix))
-        .header(header::USER_AGENT, USER_AGENT)
-        .header(header::ACCEPT, HeaderValue::from_static("*/*"))
-        .body(())
-        .map_err(|e| NoAnswer::Local(format!("{}{path} cannot be asked for: {e}", params.path_prefix)))?;
-    if let Some(json) = json {
-        let headers = request.headers_mut();
+    let path = format!("{}{path}", params.path_prefix);
+    let target =
+        path.parse().map_err(|e: InvalidUri| NoAnswer::Local(format!("{path} cannot be asked for: {e}")))?;
+    let mut headers = HeaderMap::new();
+    headers.insert(header::USER_AGENT, USER_AGENT);
+    headers.insert(header::ACCEPT, HeaderValue::from_static("*/*"));
+    if json.is_some() {
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
-        headers.insert(header::CONTENT_LENGTH, HeaderValue::from(json.len()));
     }
     if !h2 {
-        request.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+        headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     for (name, value) in &params.headers {
-        request.headers_mut().insert(name, value.clone());
+        headers.insert(name, value.clone());
     }
-    Ok(request.into_parts().0)
+    Ok((if json.is_some() { Method::POST } else { Method::GET }, target, headers))
 }
 
 async fn read(body: &mut InBody, body_max: usize) -> Body {

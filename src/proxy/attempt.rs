@@ -9,8 +9,10 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use http::{HeaderMap, StatusCode, Uri, header, request, response};
+use http::uri::PathAndQuery;
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header, response};
 use hyper::upgrade::OnUpgrade;
+use smallvec::SmallVec;
 
 use crate::clock;
 use crate::policy::Moment;
@@ -27,7 +29,7 @@ use crate::proxy::watch::{HeadStage, Stage, Watch};
 use crate::proxy::worker::{Held, Worker};
 use crate::telemetry::events::CompressedAnswer;
 use crate::upstream::{
-    Answer as Arrived, ConnectFailure, InBody, Lease, OutBody, SendError, SendFailure, Want,
+    Answer as Arrived, ConnectFailure, InBody, Lease, OutBody, OutHead, SendError, SendFailure, Want,
 };
 
 /// How much of an error answer is read to find out whose fault it is.
@@ -232,7 +234,13 @@ impl Attempt<'_> {
         let (written, read) = (traffic.written(), traffic.read());
         let shared = lease.is_h2();
         let length = http_body::Body::size_hint(&body).lower();
-        let sending = lease.send(&self.choice.member().target, self.head(), body);
+        let head = OutHead {
+            method: &self.asked.method,
+            path: self.path(),
+            headers: &self.asked.headers,
+            also: &self.own_fields(),
+        };
+        let sending = lease.send(&self.choice.member().target, &head, body);
         if !self.asked.uploads {
             self.choice.in_flight.waits(started);
         }
@@ -260,32 +268,28 @@ impl Attempt<'_> {
         }
     }
 
-    /// The request head as this backend is to see it.
-    fn head(&self) -> request::Parts {
-        let asked = self.asked;
-        let params = &self.choice.member().params;
-        let (mut head, ()) = http::Request::new(()).into_parts();
-        head.method = asked.method.clone();
-        head.uri = if params.path_prefix.is_empty() {
-            Uri::from(self.leg.path.clone())
-        } else {
-            let path = format!("{}{}", params.path_prefix, self.leg.path);
-            path.parse().unwrap_or_else(|_| Uri::from(self.leg.path.clone()))
-        };
-        head.headers = asked.headers.clone();
-        let headers = &mut head.headers;
+    /// What this backend is to see, beside or instead of the fields that every one is sent.
+    fn own_fields(&self) -> SmallVec<[(HeaderName, HeaderValue); 2]> {
+        let mut own = SmallVec::new();
         if self.number > 1 {
-            headers.insert(headers::X_REQUEST_ID, headers::attempt_id(&asked.id, self.number));
-            headers.insert(headers::X_EVERGATE_ATTEMPT, self.number.into());
+            own.push((headers::X_REQUEST_ID, headers::attempt_id(&self.asked.id, self.number)));
+            own.push((headers::X_EVERGATE_ATTEMPT, self.number.into()));
         }
-        for (name, value) in &params.headers {
-            headers.insert(name.clone(), value.clone());
+        own.extend(self.choice.member().params.headers.iter().cloned());
+        if let Some(protocol) = &self.asked.upgrade {
+            own.push((header::CONNECTION, HeaderValue::from_static("upgrade")));
+            own.push((header::UPGRADE, protocol.clone()));
         }
-        if let Some(protocol) = &asked.upgrade {
-            headers.insert(header::CONNECTION, header::HeaderValue::from_static("upgrade"));
-            headers.insert(header::UPGRADE, protocol.clone());
+        own
+    }
+
+    /// Where the request goes at this backend.
+    fn path(&self) -> PathAndQuery {
+        let prefix = &self.choice.member().params.path_prefix;
+        if prefix.is_empty() {
+            return self.leg.path.clone();
         }
-        head
+        format!("{prefix}{}", self.leg.path).parse().unwrap_or_else(|_| self.leg.path.clone())
     }
 
     /// Reads on until there is something to show.
@@ -610,7 +614,7 @@ enum Media {
 
 impl Media {
     fn of(headers: &HeaderMap) -> Self {
-        let Some(value) = headers.get(header::CONTENT_TYPE).map(header::HeaderValue::as_bytes) else {
+        let Some(value) = headers.get(header::CONTENT_TYPE).map(HeaderValue::as_bytes) else {
             return Self::Unnamed;
         };
         let end = value.iter().position(|&b| b == b';').unwrap_or(value.len());

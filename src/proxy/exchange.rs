@@ -81,7 +81,7 @@ pub(super) struct Exchange {
     /// How the routed pool was asked, once another one is.
     routed: Option<Routed>,
     /// Of the routed pool's fallbacks.
-    fallbacks_used: Used,
+    pub(super) fallbacks_used: Used,
     /// The client's connection, where it is to be switched to another protocol.
     switch: Option<OnUpgrade>,
     pub(super) history: History,
@@ -307,8 +307,7 @@ impl Exchange {
     }
 
     fn fingerprint(&self) -> Option<u64> {
-        let routed = self.routed.as_ref().map_or(&self.leg, |routed| &routed.leg);
-        self.body.bytes().map(|bytes| fingerprint(routed.path.as_str(), bytes))
+        self.body.bytes().map(|bytes| fingerprint(self.routed_leg().path.as_str(), bytes))
     }
 
     /// Whether this request has killed the backends it was sent to, so that no other is to have it.
@@ -320,8 +319,7 @@ impl Exchange {
             return false;
         }
         if let Some(fingerprint) = self.fingerprint() {
-            let routed = self.routed.as_ref().map_or(&self.leg, |routed| &routed.leg);
-            for pool in self.inquest.pools().chain([&routed.pool]) {
+            for pool in self.inquest.pools().chain([&self.routed_leg().pool]) {
                 pool.state.ward.remember(fingerprint);
             }
         }
@@ -359,31 +357,44 @@ impl Exchange {
     fn next_leg(&mut self, cause: FallbackCause) -> Option<Leg> {
         while let Some(i) = self.fallback_for(cause) {
             self.fallbacks_used.add(i);
-            let routed = self.routed.as_ref().map_or(&self.leg, |routed| &routed.leg);
-            let entry = &routed.pool.config.fallbacks[i];
-            let snapshot = self.worker.directory.look();
-            let pool = snapshot.pool(&entry.pool);
-            let model = self.ledger.model();
-            let leg = |pool| Leg::fallback(entry, pool, routed, &self.asked, &self.body, model);
-            if let Some(leg) = pool.and_then(leg) {
-                routed.pool.state.metrics.count_fallback(cause.name());
+            if let Some(leg) = self.leg_of(i, &self.body) {
+                self.routed_leg().pool.state.metrics.count_fallback(cause.name());
                 return Some(leg);
             }
         }
         None
     }
 
-    /// The entry that serves `cause`. Only work that any replica of any pool may do goes elsewhere.
+    /// The leg that entry `i` of the routed pool leads to, with this `body`.
+    pub(super) fn leg_of(&self, i: usize, body: &ReplayBody) -> Option<Leg> {
+        let routed = self.routed_leg();
+        let entry = &routed.pool.config.fallbacks[i];
+        let snapshot = self.worker.directory.look();
+        let pool = snapshot.pool(&entry.pool)?;
+        Leg::fallback(entry, pool, routed, &self.asked, body, self.ledger.model())
+    }
+
+    /// How the routed pool is asked, also once another one is.
+    pub(super) fn routed_leg(&self) -> &Leg {
+        self.routed.as_ref().map_or(&self.leg, |routed| &routed.leg)
+    }
+
+    /// The entry that serves `cause`.
     fn fallback_for(&self, cause: FallbackCause) -> Option<usize> {
-        let routed = self.routed.as_ref().map_or(&self.leg, |routed| &routed.leg);
-        let list = &routed.pool.config.fallbacks;
+        self.fallback_after(self.fallbacks_used, cause)
+    }
+
+    /// The entry that serves `cause` once those of `used` are. Only work that any replica of any pool may do goes
+    /// elsewhere.
+    pub(super) fn fallback_after(&self, used: Used, cause: FallbackCause) -> Option<usize> {
+        let list = &self.routed_leg().pool.config.fallbacks;
         let nature = &self.asked.nature;
         let movable = !list.is_empty()
             && self.turn.is_none()
             && nature.inference
             && !nature.stateful
             && self.body.is_here();
-        if movable { self.fallbacks_used.next(list, cause) } else { None }
+        if movable { used.next(list, cause) } else { None }
     }
 
     /// Where the request goes after an attempt that its own pool has no further answer to.
@@ -405,7 +416,7 @@ impl Exchange {
     }
 
     /// Goes on at another pool, with all that is its own; `refusal` is what the client would have been told.
-    fn fall_back(&mut self, leg: Leg, refusal: Option<Refusal>) {
+    pub(super) fn fall_back(&mut self, leg: Leg, refusal: Option<Refusal>) {
         leg.pool.state.deposit();
         self.history = History::new(leg.pool.members.len());
         let before = std::mem::replace(&mut self.leg, leg);

@@ -122,7 +122,8 @@ impl Ledger {
         cause: &'static str,
         phase: &'static str,
     ) {
-        if let Some(entry) = self.attempts.last_mut().filter(|entry| entry.lasted.is_none()) {
+        // One at a time is relayed; attempts begun beside it may have ended since.
+        if let Some(entry) = self.attempts.iter_mut().rev().find(|entry| entry.lasted.is_none()) {
             (entry.outcome, entry.cause, entry.phase) = (outcome, cause, phase);
             entry.lasted = Some(clock::now().since(entry.started));
             settle(entry);

@@ -190,12 +190,7 @@ impl Serving {
         if let Some(turn) = self.turn.take_if(|_| may_be_a_death(&facts)) {
             turn.broke();
         }
-        let (outcome, observation) = match verdict(&facts) {
-            Verdict::Fault | Verdict::Misconfigured => (AttemptOutcome::Fault, Observation::Fault),
-            Verdict::Busy => (AttemptOutcome::Busy, Observation::Busy { until: None }),
-            Verdict::Success | Verdict::Neutral => (AttemptOutcome::Neutral, Observation::Neutral),
-            Verdict::Cancelled => (AttemptOutcome::Cancelled, Observation::Neutral),
-        };
+        let (outcome, observation) = lesson(&facts);
         self.tell(outcome, observation, cause.name(), phase.name());
         facts
     }
@@ -203,6 +198,15 @@ impl Serving {
     /// This leg is given up, and nothing is to be learned from it.
     pub(super) fn abandon(&mut self, why: &'static str) {
         self.tell(AttemptOutcome::Neutral, Observation::Neutral, why, Phase::Stream.name());
+    }
+
+    /// Another attempt has something new to say, and this one is left although it had not broken.
+    pub(super) fn left(&mut self, cause: Cause) {
+        let (outcome, observation) = match cause {
+            Cause::Drain => (AttemptOutcome::Rescued, Observation::Neutral),
+            _ => (AttemptOutcome::Overtaken, Observation::Silent),
+        };
+        self.tell(outcome, observation, cause.name(), Phase::Stream.name());
     }
 
     /// Another attempt goes on with the answer.
@@ -234,6 +238,16 @@ impl Drop for Serving {
     fn drop(&mut self) {
         // Without a word the client has left: no lesson. The ledger says so by itself.
         self.tell(AttemptOutcome::Cancelled, Observation::Neutral, "client_gone", "");
+    }
+}
+
+/// What an attempt that broke off within its answer is to its backend's judge, and in the books.
+pub(super) fn lesson(facts: &Facts) -> (AttemptOutcome, Observation) {
+    match verdict(facts) {
+        Verdict::Fault | Verdict::Misconfigured => (AttemptOutcome::Fault, Observation::Fault),
+        Verdict::Busy => (AttemptOutcome::Busy, Observation::Busy { until: None }),
+        Verdict::Success | Verdict::Neutral => (AttemptOutcome::Neutral, Observation::Neutral),
+        Verdict::Cancelled => (AttemptOutcome::Cancelled, Observation::Neutral),
     }
 }
 

@@ -260,10 +260,9 @@ pub(super) fn last_event(
     ledger: &Ledger,
     dialect: Dialect,
     endpoint: Endpoint,
-    cause: Cause,
+    refusal: &Refusal,
     sequence: u64,
 ) -> Bytes {
-    let refusal = Refusal::Lost(cause);
     ledger.worker().telemetry().metrics.count_rejection(refusal.code());
     error_event(dialect, endpoint, &refusal.rejection(&ledger.id, ledger.attempts()), sequence)
 }

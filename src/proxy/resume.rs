@@ -16,6 +16,7 @@ use smallvec::SmallVec;
 use crate::clock;
 use crate::policy::dialect::ErrorClass;
 use crate::policy::health::Observation;
+use crate::policy::moves::MOVES_MAX;
 use crate::policy::poison;
 use crate::policy::resume::{Plan, Refused, Splice};
 use crate::policy::retry::{Cause, Facts, Phase, Verdict, verdict};
@@ -56,6 +57,12 @@ pub(super) struct Resumer {
     held: Held,
     plan: Option<Plan>,
     search: Option<Pin<Box<dyn Future<Output = Found> + Send>>>,
+    /// The search is for a leg beside one that still speaks.
+    beside: bool,
+    /// It has the inquest.
+    lent: bool,
+    /// Such searches so far.
+    moves: u8,
 }
 
 /// The request, as every leg sends it.
@@ -86,6 +93,8 @@ struct Looked {
     inquest: Inquest,
     /// A second backend may have died of the request: look before a third has it.
     suspicious: bool,
+    /// How long may be waited for a backend that has room.
+    wait: Duration,
 }
 
 /// How the relay goes on.
@@ -94,6 +103,8 @@ pub(super) enum Next {
     Leg(Box<Tried>),
     /// In another way, if there is one.
     OtherWay,
+    /// Not at all: every replica that took it died of it.
+    Kills,
     /// Not at all, for this reason.
     End(&'static str),
 }
@@ -118,6 +129,9 @@ impl Resumer {
                 held: Held::default(),
                 plan: None,
                 search: None,
+                beside: false,
+                lent: false,
+                moves: 0,
             })),
             Err(reason) => {
                 leg.pool.state.metrics.count_not_armed(reason.name());
@@ -161,12 +175,74 @@ impl Resumer {
         }
         self.searches += 1;
         self.broke.push(broken.backend().id);
-        let looked = Looked { inquest: std::mem::take(&mut self.inquest), suspicious };
-        let before = (self.broke.clone(), u32::from(attempts));
-        let search = search(self.request.clone(), plan.clone(), looked, before);
-        self.search = Some(Box::pin(search));
-        self.plan = Some(plan);
+        let looked =
+            Looked { inquest: std::mem::take(&mut self.inquest), suspicious, wait: leg.policy.wait_max };
+        (self.beside, self.lent) = (false, true);
+        self.look(plan, looked, self.broke.clone(), attempts);
         Ok(())
+    }
+
+    /// The leg at `left` still speaks, or may: begins to search for another to follow it. Whoever must not add to
+    /// what the client has until that is found, or given up, is told so by `true`.
+    ///
+    /// # Errors
+    /// Why not.
+    pub(super) fn search_beside(
+        &mut self,
+        left: &Choice,
+        attempts: u8,
+        burst: bool,
+    ) -> Result<bool, &'static str> {
+        if self.moves >= MOVES_MAX {
+            return Err("moves_exhausted");
+        }
+        let Request { worker, leg, body, .. } = &*self.request;
+        // All of a pool that is gone are on their way out.
+        if worker.directory.look().pool(&leg.pool.config.name).is_none() {
+            return Err("no_backend");
+        }
+        let engine = leg.pool.config.probe.page.preset;
+        let plan = self.splice.plan_beside(engine, body).map_err(|refused| refused.name())?;
+        if !leg.pool.state.may_retry(&leg.policy, burst) {
+            return Err("budget");
+        }
+        self.moves += 1;
+        let needs_stillness = plan.needs_stillness();
+        let mut but = self.broke.clone();
+        but.push(left.backend().id);
+        // Nobody waits for it: a move that finds no room now is put off. And it may be dropped at any time, so what is
+        // known of deaths stays here.
+        let looked = Looked { inquest: Inquest::default(), suspicious: false, wait: Duration::ZERO };
+        (self.beside, self.lent) = (true, false);
+        self.look(plan, looked, but, attempts);
+        Ok(needs_stillness)
+    }
+
+    fn look(&mut self, plan: Plan, looked: Looked, but: SmallVec<[BackendId; 4]>, attempts: u8) {
+        let before = (but, u32::from(attempts));
+        self.search = Some(Box::pin(search(self.request.clone(), plan.clone(), looked, before)));
+        self.plan = Some(plan);
+    }
+
+    /// The leg at `broken` has broken while another was begun beside it: that one follows.
+    pub(super) fn follows(&mut self, broken: &Choice, facts: Option<&Facts>) {
+        if let Some(facts) = facts {
+            self.inquest.opens(broken, facts);
+        }
+        self.searches += 1;
+        self.left(broken);
+    }
+
+    /// The search, or the leg it found, is not wanted any more.
+    pub(super) fn stop_search(&mut self) {
+        self.search = None;
+        self.splice.drop_beside();
+    }
+
+    /// The backend of `left` was left for the leg beside it.
+    pub(super) fn left(&mut self, left: &Choice) {
+        self.broke.push(left.backend().id);
+        self.splice.prefer_beside();
     }
 
     /// What the search came to; attempts in vain are given to `write`.
@@ -176,15 +252,20 @@ impl Resumer {
         };
         let Poll::Ready(found) = search.as_mut().poll(cx) else { return Poll::Pending };
         self.search = None;
-        self.inquest = found.inquest;
+        if self.lent {
+            self.inquest = found.inquest;
+        }
         if found.kills {
             self.tell_killer();
-            return Poll::Ready(Next::End("request_kills_backends"));
+            return Poll::Ready(Next::Kills);
         }
         found.failed.into_iter().for_each(write);
         Poll::Ready(match found.leg {
             Some(leg) => {
-                self.splice.begin_leg(plan);
+                match self.beside {
+                    true => self.splice.begin_beside(plan),
+                    false => self.splice.begin_leg(plan),
+                }
                 Next::Leg(leg)
             }
             None if found.refused => {
@@ -239,7 +320,7 @@ fn is_the_backends(cause: Cause) -> bool {
 async fn search(
     request: Arc<Request>,
     plan: Plan,
-    Looked { inquest, suspicious }: Looked,
+    Looked { inquest, suspicious, wait }: Looked,
     (broke, attempts): (SmallVec<[BackendId; 4]>, u32),
 ) -> Found {
     let kills = suspicious && inquest.blames(&request.worker).await;
@@ -254,7 +335,7 @@ async fn search(
     let body = plan.body.map_or_else(|| request.body.clone(), Bytes::from);
     let mut tried = broke;
     for number in 1..=u32::from(leg.policy.attempts_max) {
-        let Some(choice) = choose(&request, &leg, &tried).await else { break };
+        let Some(choice) = choose(&request, &mut leg, &tried, wait).await else { break };
         tried.push(choice.backend().id);
         let mut watch = Watch::new(request.worker.alarms.alarm(), leg.total);
         let attempt = Attempt {
@@ -297,9 +378,13 @@ async fn search(
 }
 
 /// The backend of the next leg: not one that broke it, rather one that has just shown life. Waited for as any is.
-async fn choose(request: &Request, leg: &Leg, tried: &[BackendId]) -> Option<Choice> {
-    let until = clock::now() + leg.policy.wait_max;
+async fn choose(request: &Request, leg: &mut Leg, tried: &[BackendId], wait: Duration) -> Option<Choice> {
+    let until = clock::now() + wait;
     loop {
+        // The configuration may have changed since the stream began; that may be why it has to move.
+        if let Some(pool) = request.worker.directory.look().pool(&leg.pool.config.name) {
+            leg.pool = pool.clone();
+        }
         let wanted = Wanted {
             tried,
             class: request.asked.class,

@@ -4,7 +4,10 @@
 //! another where `policy::resume` knows how; its events pass through the splice, which lets only new ones by. Where
 //! that cannot be, the client is told in one error event of its dialect, then the body ends cleanly, and never
 //! with `[DONE]`. What breaks behind the finish is completed here. Silence beyond the inter-token clock is borne
-//! as long as the backend is not known to be gone, and `silence_max` at most.
+//! as long as the backend is not known to be gone, and `silence_max` at most; meanwhile another leg is begun
+//! (`moves.rs`, as for streams at a backend that is on its way out).
+
+mod moves;
 
 use std::collections::VecDeque;
 use std::ops::ControlFlow;
@@ -18,16 +21,18 @@ use crate::clock;
 use crate::policy::Moment;
 use crate::policy::dialect::{Dialect, Endpoint};
 use crate::policy::health::Standing;
+use crate::policy::resume::Abandon;
 use crate::policy::retry::{Cause, Facts, Phase};
-use crate::pool::Backend;
+use crate::pool::{Backend, Choice};
 use crate::proxy::attempt::{Answer, Outcome, cut};
 use crate::proxy::hedge::Tried;
 use crate::proxy::ledger::Entry;
 use crate::proxy::relay::Serving;
-use crate::proxy::respond::last_event;
+use crate::proxy::respond::{Refusal, last_event};
 use crate::proxy::resume::{self, Next, Resumer};
-use crate::proxy::token_stream::{Ending, TokenStream};
-use crate::proxy::watch::Stage;
+use crate::proxy::sse_relay::moves::{Move, Stay};
+use crate::proxy::token_stream::{Ending, Fault, TokenStream};
+use crate::proxy::watch::{Stage, Watch};
 use crate::sse::Decoder;
 use crate::telemetry::events::StreamResumed;
 use crate::telemetry::metrics::{AttemptOutcome, End};
@@ -51,9 +56,32 @@ pub(super) struct EventRelay {
     spliced: Option<Spliced>,
     /// A leg has broken for this reason, and another is being looked for.
     broken: Option<Cause>,
+    /// Another leg is being begun beside the one that speaks.
+    moving: Option<Box<Move>>,
+    stay: Stay,
     /// Since when, and why, the client has had nothing new.
     gap_since: Moment,
     gap_cause: Cause,
+}
+
+/// A leg that speaks, ready to be relayed.
+struct NextLeg {
+    choice: Choice,
+    watch: Watch,
+    stream: Box<TokenStream>,
+    body: Option<InBody>,
+    reused: bool,
+    first_byte: Option<Duration>,
+    started: Moment,
+}
+
+impl NextLeg {
+    /// And what it has said so far.
+    fn of(Tried { choice, outcome, watch }: Tried) -> Option<(Self, VecDeque<Bytes>)> {
+        let Outcome { facts, answer, first_byte, started } = *outcome;
+        let Some(Answer::Tokens { ahead, stream, body, .. }) = answer else { return None };
+        Some((Self { choice, watch, stream, body, reused: facts.reused, first_byte, started }, ahead))
+    }
 }
 
 /// What a leg behind the first has given the client.
@@ -115,7 +143,7 @@ impl EventRelay {
         clocks: Silence,
         resume: Option<Box<Resumer>>,
     ) -> Self {
-        let (gaps, spliced, broken) = (Gaps::default(), None, None);
+        let (gaps, spliced, broken, moving) = (Gaps::default(), None, None, None);
         let mut relay = Self {
             ahead,
             body,
@@ -128,6 +156,8 @@ impl EventRelay {
             resume,
             spliced,
             broken,
+            moving,
+            stay: Stay::default(),
             gap_since: Moment::ZERO,
             gap_cause: Cause::Silence,
         };
@@ -144,9 +174,7 @@ impl EventRelay {
         self.serving.choice.in_flight.streams();
         let since = self.clocks.since;
         self.serving.watch.enter(Stage::Body { idle: self.clocks.inter_token, since });
-        if self.resume.is_some() {
-            self.serving.watch.rescue_on(self.serving.choice.ejections());
-        }
+        self.look_whether_to_stay();
     }
 
     /// Events that came before the gate are the client's, too.
@@ -176,8 +204,9 @@ impl EventRelay {
                     Poll::Pending => return Poll::Pending,
                 }
             }
+            let is_still = self.is_still();
             let Some(body) = &mut self.body else { return Poll::Ready(None) };
-            match body.poll_frame(cx) {
+            match if is_still { Poll::Pending } else { body.poll_frame(cx) } {
                 Poll::Ready(Some(Ok(frame))) => {
                     if let Ok(chunk) = frame.into_data() {
                         self.feed(chunk);
@@ -185,12 +214,16 @@ impl EventRelay {
                 }
                 Poll::Ready(Some(Err(error))) => self.end(Err(cut(&error))),
                 Poll::Ready(None) => self.end(Ok(())),
+                Poll::Pending if self.poll_move(cx).is_ready() => {}
                 Poll::Pending => match self.serving.watch.poll_expired(cx) {
                     Poll::Ready(Cause::Silence) if self.may_go_on() => {}
-                    Poll::Ready(Cause::Rescued) if self.is_moving() => {}
+                    Poll::Ready(Cause::Rescued) if self.may_stay() => {}
+                    Poll::Ready(Cause::Drain) if self.has_time() => {}
                     Poll::Ready(cause) => self.broke(cause),
                     Poll::Pending => {
-                        self.begin_to_wait();
+                        if !is_still {
+                            self.begin_to_wait();
+                        }
                         return Poll::Pending;
                     }
                 },
@@ -220,12 +253,18 @@ impl EventRelay {
         if !first && !self.splice(raw) {
             return;
         }
-        if self.resume.as_ref().is_some_and(|resume| !first && resume.splice.is_done()) {
+        self.old_leg_spoke(fed.meaningful);
+        self.fed(fed.broken);
+    }
+
+    /// What a chunk means beside its events.
+    fn fed(&mut self, broken: Option<Fault>) {
+        if self.resume.as_ref().is_some_and(|resume| self.spliced.is_some() && resume.splice.is_done()) {
             // The client has it all; what the leg may still say is for nobody.
             self.body = None;
             return self.serving.complete();
         }
-        if let Some(fault) = fed.broken {
+        if let Some(fault) = broken {
             self.broke(fault.cause);
         }
     }
@@ -251,34 +290,48 @@ impl EventRelay {
             self.tell_resumed();
         }
         let Some(why) = abandoned else { return true };
+        self.abandon_leg(why);
+        false
+    }
+
+    /// The leg under way is of no use.
+    fn abandon_leg(&mut self, why: Abandon) {
         self.body = None;
         self.serving.choice.in_flight.rests();
         self.serving.abandon(why.name());
-        if let Some(resume) = &mut self.resume {
+        // Where another has been begun beside it, the latest plan is that one's.
+        if let Some(resume) = self.resume.as_mut().filter(|_| self.moving.is_none()) {
             resume.abandon();
         }
         // What the client is told is what broke the leg before; a leg that spoke has broken by itself.
         if self.spliced.as_ref().is_some_and(|spliced| spliced.spoke) {
             (self.gap_since, self.gap_cause) = (self.clocks.since, Cause::InvalidEvent);
         }
+        if self.moving.is_some() {
+            return self.break_in_move(self.gap_cause, None);
+        }
         self.go_on_or_end(self.gap_cause, None);
-        false
     }
 
     /// Said once a leg, when it has given the client something new.
     fn tell_resumed(&mut self) {
         let Some(from) = self.spliced.as_mut().and_then(|spliced| spliced.from.take()) else { return };
         let Some(resume) = &self.resume else { return };
+        self.serving.choice.pool.state.metrics.count_resume("resumed");
+        let strategy = resume.strategy();
+        self.tell_goes_on(&from, strategy);
+    }
+
+    fn tell_goes_on(&mut self, from: &Backend, strategy: &'static str) {
         let ledger = &mut self.serving.ledger;
         ledger.resumed();
         let choice = &self.serving.choice;
-        choice.pool.state.metrics.count_resume("resumed");
         StreamResumed {
             at: &choice.backend().metrics,
             request_id: ledger.id.to_str().unwrap_or_default(),
             from: &from.name,
             cause: self.gap_cause.name(),
-            strategy: resume.strategy(),
+            strategy,
             gap: clock::now().since(self.gap_since),
         }
         .emit(ledger.worker().telemetry());
@@ -298,6 +351,10 @@ impl EventRelay {
         match next {
             Next::Leg(tried) => self.take_leg(*tried, cause),
             Next::OtherWay => self.go_on_or_end(cause, None),
+            Next::Kills => {
+                self.serving.choice.pool.state.metrics.count_resume("request_kills_backends");
+                self.end_with(&Refusal::Kills);
+            }
             Next::End(why) => {
                 self.serving.choice.pool.state.metrics.count_resume(why);
                 self.end_with_error(cause);
@@ -308,18 +365,23 @@ impl EventRelay {
 
     /// Another backend speaks.
     fn take_leg(&mut self, tried: Tried, cause: Cause) {
-        let Tried { choice, outcome, watch } = tried;
-        let Outcome { facts, answer, first_byte, started } = *outcome;
-        let Some(Answer::Tokens { ahead, stream, body, .. }) = answer else {
-            return self.end_with_error(cause);
-        };
+        let Some((leg, ahead)) = NextLeg::of(tried) else { return self.end_with_error(cause) };
+        self.follow(leg);
+        if self.splice(ahead) && self.body.is_none() {
+            self.end(Ok(()));
+        }
+    }
+
+    /// From now on it is this leg that is relayed.
+    fn follow(&mut self, leg: NextLeg) {
+        let NextLeg { choice, watch, stream, body, reused, first_byte, started } = leg;
         self.serving.ledger.attempt(Entry {
             backend: choice.backend().clone(),
             role: resume::ROLE,
             outcome: AttemptOutcome::Success,
             cause: "",
             phase: "",
-            reused: facts.reused,
+            reused,
             started,
             first_byte,
             lasted: None,
@@ -330,9 +392,6 @@ impl EventRelay {
         (self.gaps, self.spliced) = (Gaps::default(), Some(Spliced { from, ..Spliced::default() }));
         self.clocks.since = clock::now();
         self.begin_leg();
-        if self.splice(ahead) && self.body.is_none() {
-            self.end(Ok(()));
-        }
     }
 
     /// A leg has broken for `cause`: another one, or the error.
@@ -349,23 +408,22 @@ impl EventRelay {
     }
 
     fn end_with_error(&mut self, cause: Cause) {
+        self.end_with(&Refusal::Lost(cause));
+    }
+
+    fn end_with(&mut self, refusal: &Refusal) {
         self.broken = None;
         self.serving.ledger.ended(End::Error);
         let sequence = self.stream.next_sequence();
-        let event = last_event(&self.serving.ledger, self.dialect, self.endpoint, cause, sequence);
+        let event = last_event(&self.serving.ledger, self.dialect, self.endpoint, refusal, sequence);
         self.ahead.push_back(event);
         self.ahead.retain(|chunk| !chunk.is_empty());
     }
 
-    /// The backend was ejected; but this stream moves, or its client does not take what has come.
-    fn is_moving(&mut self) -> bool {
-        let choice = &self.serving.choice;
-        let silent = |since: Moment| clock::now().since(since) >= choice.pool.soft_token_gap();
-        let moving = !self.gaps.waits_since.is_some_and(silent);
-        if moving {
-            self.serving.watch.rescue_on(choice.ejections());
-        }
-        moving
+    /// This leg has been silent for longer than is usual, and not because its client does not take what has come.
+    fn is_silent(&self) -> bool {
+        let usual = self.serving.choice.pool.soft_token_gap();
+        self.gaps.waits_since.is_some_and(|since| clock::now().since(since) >= usual)
     }
 
     /// The backend owes an event from now on; until then the client had enough to read.
@@ -401,6 +459,7 @@ impl EventRelay {
         match self.stream.end(clean) {
             Ending::Whole(rest) => {
                 self.body = None;
+                self.keep("kept");
                 if self.spliced.is_none() {
                     self.ahead.extend((!rest.is_empty()).then_some(rest));
                 } else if !self.splice(VecDeque::from([rest])) {
@@ -438,8 +497,12 @@ impl EventRelay {
         if !whole {
             (self.gap_since, self.gap_cause) = (self.clocks.since, cause);
             let facts = self.serving.leave(Phase::Stream, cause);
+            if self.moving.is_some() {
+                return self.break_in_move(cause, Some(&facts));
+            }
             return self.go_on_or_end(cause, Some(&facts));
         }
+        self.keep("kept");
         match &self.spliced {
             None => self.ahead.push_back(self.stream.complete_locally()),
             Some(_) => {
@@ -465,6 +528,7 @@ impl EventRelay {
         }
         let idle = self.clocks.inter_token.min(left);
         self.serving.watch.enter(Stage::Body { idle, since: now });
+        self.begin_move(Cause::Silence);
         true
     }
 }

@@ -22,6 +22,8 @@ pub(super) struct Watch {
     total: Option<Moment>,
     /// Who is told when the attempt is late, by its clock of that time.
     late: Option<Arc<Unfinished>>,
+    /// When it is to be looked at because its backend is on its way out.
+    leave: Option<Moment>,
     stage: Stage,
 }
 
@@ -64,7 +66,7 @@ pub(super) struct HeadStage {
 impl Watch {
     /// No clock but the total one.
     pub(super) fn new(alarm: Alarm, total: Option<Moment>) -> Self {
-        Self { alarm, total, late: None, stage: Stage::Open }
+        Self { alarm, total, late: None, leave: None, stage: Stage::Open }
     }
 
     /// From now on this is waited for.
@@ -85,6 +87,12 @@ impl Watch {
     /// The attempt is to be given up as soon as `epoch` moves: its backend was ejected.
     pub(super) fn rescue_on(&self, (epoch, seen): (Arc<AtomicU64>, u64)) {
         self.alarm.watch(Some(epoch), seen);
+    }
+
+    /// The stream is to be looked at then: its backend is on its way out. Expires as [`Cause::Drain`].
+    pub(super) fn leave_at(&mut self, at: Option<Moment>) {
+        self.leave = at;
+        self.arm(Moment::ZERO);
     }
 
     /// `attempt` is told when its first token is late by its own clock, which may change while it waits.
@@ -143,6 +151,9 @@ impl Watch {
         if self.total.is_some_and(|total| total <= now) {
             return Some(Cause::TotalTimeout);
         }
+        if self.leave.is_some_and(|leave| leave <= now) {
+            return Some(Cause::Drain);
+        }
         match &mut self.stage {
             Stage::Head(stage) => stage.expired(now),
             Stage::Gate { due } => (*due <= now).then_some(Cause::FirstTokenTimeout),
@@ -160,7 +171,7 @@ impl Watch {
             Stage::Open => None,
         };
         let late = self.late.as_ref().map(|attempt| attempt.late_at());
-        match [due, self.total, late].into_iter().flatten().min() {
+        match [due, self.total, late, self.leave].into_iter().flatten().min() {
             Some(at) => self.alarm.set(at),
             None => self.alarm.clear(),
         }

@@ -544,9 +544,7 @@ impl StreamResumed<'_> {
         let Self { request_id, from, cause, strategy, gap, .. } = *self;
         Notice::new(Severity::Info, "stream_resumed").at(self.at).named(strategy).tell(
             telemetry,
-            &format_args!(
-                "{request_id} goes on after {gap:.1?} by {strategy}: {from} broke it off ({cause})"
-            ),
+            &format_args!("{request_id} goes on after {gap:.1?} by {strategy}: it left {from} ({cause})"),
         );
     }
 }

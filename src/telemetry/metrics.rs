@@ -57,7 +57,7 @@ pub enum AttemptOutcome {
     Misconfigured,
     /// Given up by us: the client left, or another attempt of the exchange was faster.
     Cancelled,
-    /// Moved away, unfinished, from a backend that was ejected.
+    /// Moved away, unfinished, from a backend that was ejected or is on its way out.
     Rescued,
     /// It was late, and the one begun beside it spoke first.
     Overtaken,
@@ -284,6 +284,7 @@ struct PoolFamilies {
     hedges: Family<IntCounter>,
     resumes: Family<IntCounter>,
     not_armed: Family<IntCounter>,
+    moves: Family<IntCounter>,
     fallbacks: Family<IntCounter>,
 }
 
@@ -456,6 +457,12 @@ impl Metrics {
                     "streams_not_armed_total",
                     "Token streams that would not be continued if they broke, by why.",
                     &["pool", "reason"],
+                ),
+                moves: counters(
+                    &r,
+                    "stream_moves_total",
+                    "Streams for which another backend was asked beside one that still served them, by why and what came of it.",
+                    &["pool", "cause", "result"],
                 ),
                 fallbacks: counters(
                     &r,
@@ -908,6 +915,12 @@ impl PoolMetrics {
         self.families.pool.not_armed.get(&[&self.pool, reason]).inc();
     }
 
+    /// Counts a stream that was to move, make before break: `moved`, `kept` where the old leg spoke or ended first, or
+    /// why it could not.
+    pub fn count_move(&self, cause: &'static str, result: &'static str) {
+        self.families.pool.moves.get(&[&self.pool, cause, result]).inc();
+    }
+
     /// Counts a broken stream: `resumed`, or why not.
     pub fn count_resume(&self, result: &'static str) {
         self.families.pool.resumes.get(&[&self.pool, result]).inc();
@@ -1160,9 +1173,10 @@ impl PoolFamilies {
             hedges,
             resumes,
             not_armed,
+            moves,
             fallbacks,
         } = self;
-        for family in [queue_refused, retries, budget_empty, hedges, resumes, not_armed, fallbacks] {
+        for family in [queue_refused, retries, budget_empty, hedges, resumes, not_armed, moves, fallbacks] {
             family.retain(keep);
         }
         for family in [backends, eligible, panic_mode, waiting, queue] {
@@ -1480,6 +1494,7 @@ mod tests {
         pool.count_retry("busy");
         pool.count_hedge("won");
         pool.count_resume("resumed");
+        pool.count_move("drain", "moved");
         let backend = metrics.backend("p", "b");
         backend.count_failure("reset");
         backend.count_ejection("stuck");

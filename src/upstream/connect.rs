@@ -15,14 +15,12 @@ use tokio::time::timeout;
 use crate::config::{BackendClocks, UpstreamHttp};
 use crate::net::{self, TcpStream};
 use crate::upstream::dns::Addresses;
+use crate::upstream::head::{ANSWER_HEAD_BYTES_MAX, ANSWER_HEADERS_MAX};
+use crate::upstream::lean::{Lean, Stream};
 use crate::upstream::tap::{Tap, Traffic};
 use crate::upstream::tls::Tls;
-use crate::upstream::{H1, H2, OutBody, Task};
+use crate::upstream::{H1, H2, OpenCount, OutBody, Task, Want};
 
-/// Longest head of an answer; a longer one is a protocol fault (F07).
-const ANSWER_HEAD_BYTES_MAX: usize = 128 * 1024;
-/// Most header fields of an answer.
-const ANSWER_HEADERS_MAX: usize = 200;
 /// Head start of an address over the next one of the same name (RFC 8305 §5 recommends this much).
 const ADDRESS_HEAD_START: Duration = Duration::from_millis(250);
 /// Least time in which a machine must acknowledge something: five or six retransmissions. Never less than the write
@@ -172,14 +170,15 @@ impl ConnectFailure {
 
 /// A connection that has just been opened.
 pub(super) enum Opened {
+    Lean(Box<Lean>),
     H1(H1),
     H2(H2),
 }
 
 /// Opens a connection by all the means of `target`.
-pub(super) async fn open(target: &Target, upgradable: bool) -> Result<Opened, ConnectError> {
+pub(super) async fn open(target: &Target, want: Want) -> Result<Opened, ConnectError> {
     let limit = if target.tls.is_some() { target.connect_tls } else { target.connect };
-    match timeout(limit, open_unbounded(target, upgradable)).await {
+    match timeout(limit, open_unbounded(target, want)).await {
         Ok(opened) => opened,
         Err(_elapsed) => Err(fail(
             ConnectFailure::Timeout,
@@ -191,20 +190,21 @@ pub(super) async fn open(target: &Target, upgradable: bool) -> Result<Opened, Co
     }
 }
 
-async fn open_unbounded(target: &Target, upgradable: bool) -> Result<Opened, ConnectError> {
+async fn open_unbounded(target: &Target, want: Want) -> Result<Opened, ConnectError> {
     let tcp = connect_any(target).await?;
     // Small writes leave at once: Nagle with delayed acknowledgement costs 40 ms a token.
     tcp.set_nodelay(true).map_err(|e| fail(ConnectFailure::of(&e), e))?;
     // What a tunnel carries may rest unread for as long as its ends like.
     net::give_up_after(&tcp, target.patience, upgradable).map_err(|e| fail(ConnectFailure::of(&e), e))?;
     let Some(tls) = &target.tls else {
-        return handshake(target, tcp, target.http == UpstreamHttp::Http2, upgradable).await;
+        return handshake(target, tcp, target.http == UpstreamHttp::Http2, want).await;
     };
-    let (connector, name) =
-        tls.for_host(target.authority.host(), upgradable).map_err(|e| fail(ConnectFailure::Tls, e))?;
+    let (connector, name) = tls
+        .for_host(target.authority.host(), want == Want::Upgradable)
+        .map_err(|e| fail(ConnectFailure::Tls, e))?;
     let stream = connector.connect(name, tcp).await.map_err(|e| fail(ConnectFailure::Tls, e))?;
     let h2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
-    handshake(target, stream, h2, upgradable).await
+    handshake(target, stream, h2, want).await
 }
 
 /// Tries the addresses in turn, the next one when the one before failed or has had its head start; the first
@@ -234,26 +234,23 @@ async fn connect_any(target: &Target) -> Result<TcpStream, ConnectError> {
     }
 }
 
-async fn handshake<T>(target: &Target, io: T, h2: bool, upgradable: bool) -> Result<Opened, ConnectError>
+async fn handshake<T>(target: &Target, io: T, h2: bool, want: Want) -> Result<Opened, ConnectError>
 where
-    T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    T: Stream + 'static,
 {
-    let (io, traffic) = Tap::new(io, target.lost.clone());
-    let io = TokioIo::new(io);
-    if h2 {
-        handshake_h2(target, io, traffic).await
-    } else {
-        handshake_h1(target, io, traffic, upgradable).await
+    let lost = target.lost.clone();
+    if !h2 && !want.needs_hyper() {
+        let io: Box<dyn Stream> = Box::new(io);
+        let (io, traffic) = Tap::new(io, lost);
+        return Ok(Opened::Lean(Box::new(Lean::new(io, traffic, OpenCount::new(&target.open)))));
     }
-    .map_err(|e| fail(ConnectFailure::Tls, io::Error::other(e)))
+    let (io, traffic) = Tap::new(io, lost);
+    let io = TokioIo::new(io);
+    if h2 { handshake_h2(target, io, traffic).await } else { handshake_h1(target, io, traffic).await }
+        .map_err(|e| fail(ConnectFailure::Tls, io::Error::other(e)))
 }
 
-async fn handshake_h1<T>(
-    target: &Target,
-    io: TokioIo<T>,
-    traffic: Arc<Traffic>,
-    upgradable: bool,
-) -> hyper::Result<Opened>
+async fn handshake_h1<T>(target: &Target, io: TokioIo<T>, traffic: Arc<Traffic>) -> hyper::Result<Opened>
 where
     T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -262,19 +259,9 @@ where
         .max_headers(ANSWER_HEADERS_MAX)
         .handshake::<_, OutBody>(io)
         .await?;
-    // Errors of the connection reach the exchange on it. One that we close ourselves ends with its task.
-    let seen = traffic.clone();
-    let task = if upgradable {
-        tokio::spawn(async move { drop(connection.with_upgrades().await) })
-    } else {
-        tokio::spawn(async move {
-            drop(connection.await);
-            if seen.is_idle() {
-                seen.closed();
-            }
-        })
-    };
-    Ok(Opened::H1(H1 { sender, era: 0, traffic, _task: Task::new(task.abort_handle(), &target.open) }))
+    // Errors of the connection reach the exchange on it.
+    let task = tokio::spawn(async move { drop(connection.with_upgrades().await) });
+    Ok(Opened::H1(H1 { sender, traffic, _task: Task::new(task.abort_handle(), &target.open) }))
 }
 
 async fn handshake_h2<T>(target: &Target, io: TokioIo<T>, traffic: Arc<Traffic>) -> hyper::Result<Opened>

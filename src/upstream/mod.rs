@@ -3,27 +3,36 @@
 //! A `Lane` belongs to one backend and one worker thread; it keeps idle HTTP/1.1 connections and open
 //! HTTP/2 ones. `lease` gives a connection, `Lease::send` one exchange on it, `InBody` its frames; the
 //! connection goes back by itself when the last frame was read, and is closed at once when any of
-//! the three is dropped earlier: engines stop generating when their client leaves.
+//! the three is dropped earlier: engines stop generating when their client leaves. Whole requests over
+//! HTTP/1.1 are `lean`; hyper has HTTP/2, bodies that come while they are sent, and upgrades.
 //! Nothing here judges: errors are facts (`SendError`, `ConnectError`).
 
 mod body;
 mod connect;
 mod dns;
+mod framing;
+mod head;
+mod keeper;
+mod lean;
 mod send;
 mod tap;
+#[cfg(test)]
+mod tests;
 mod tls;
 
 pub use body::{OutBody, StreamedBody, UploadBroken};
 pub use connect::{ConnectError, ConnectFailure, Lost, Target};
 pub use dns::{Addresses, Resolver};
-pub use send::{Answer, InBody, SendError, SendFailure, Sending};
+pub use send::{Answer, InBody, OutHead, SendError, SendFailure, Sending};
 pub use tap::Traffic;
 pub use tls::{Tls, read_certificates, read_key};
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::task::Waker;
 use std::time::Duration;
 
+use http::{HeaderMap, HeaderValue, header};
 use hyper::client::conn::{http1, http2};
 use parking_lot::Mutex;
 use prometheus::IntGauge;
@@ -32,6 +41,8 @@ use tokio::task::AbortHandle;
 use crate::clock;
 use crate::policy::Moment;
 use crate::upstream::connect::Opened;
+use crate::upstream::keeper::Keeper;
+use crate::upstream::lean::Lean;
 
 /// Streams one HTTP/2 connection carries before another is opened beside it.
 const H2_STREAMS_PER_CONNECTION: usize = 100;
@@ -43,6 +54,7 @@ const IDLE_MAX: usize = 1024;
 pub struct Lane {
     /// Latest last: the warmest is taken first, the coldest die of age.
     idle: Mutex<Vec<Idle>>,
+    keeper: Keeper,
     h2: Mutex<Vec<Arc<H2>>>,
     /// Keeps a burst from opening one HTTP/2 connection per request.
     h2_opening: tokio::sync::Mutex<()>,
@@ -52,15 +64,13 @@ pub struct Lane {
 
 /// A kept HTTP/1.1 connection.
 struct Idle {
-    connection: H1,
+    connection: Box<Lean>,
     since: Moment,
 }
 
-/// An HTTP/1.1 connection; dropping it closes the socket.
+/// An HTTP/1.1 connection for one exchange that is hyper's; dropping it closes the socket.
 struct H1 {
     sender: http1::SendRequest<OutBody>,
-    /// The lane's, when it was begun.
-    era: u64,
     traffic: Arc<Traffic>,
     _task: Task,
 }
@@ -73,23 +83,37 @@ struct H2 {
     _task: Task,
 }
 
-/// The task that drives a connection; it ends with its owner. Counted while it lives.
+/// Counts a connection while it lives.
+struct OpenCount(IntGauge);
+
+impl OpenCount {
+    fn new(open: &IntGauge) -> Self {
+        open.inc();
+        Self(open.clone())
+    }
+}
+
+impl Drop for OpenCount {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
+}
+
+/// The task that drives a connection; it ends with its owner.
 struct Task {
     driver: AbortHandle,
-    open: IntGauge,
+    _open: OpenCount,
 }
 
 impl Task {
     fn new(driver: AbortHandle, open: &IntGauge) -> Self {
-        open.inc();
-        Self { driver, open: open.clone() }
+        Self { driver, _open: OpenCount::new(open) }
     }
 }
 
 impl Drop for Task {
     fn drop(&mut self) {
         self.driver.abort();
-        self.open.dec();
     }
 }
 
@@ -101,6 +125,7 @@ pub struct Lease {
 }
 
 enum Leased {
+    Lean(Box<Lean>),
     H1(H1),
     H2(H2Stream),
 }
@@ -131,8 +156,17 @@ pub enum Want {
     Sure,
     /// A new one: a kept one has just failed the request.
     Fresh,
+    /// The same, for a body that comes while it is sent.
+    Streamed,
     /// A new HTTP/1.1 one that may be switched to another protocol.
     Upgradable,
+}
+
+impl Want {
+    /// What the lean connection cannot do.
+    fn needs_hyper(self) -> bool {
+        matches!(self, Self::Streamed | Self::Upgradable)
+    }
 }
 
 impl Lane {
@@ -143,7 +177,7 @@ impl Lane {
     pub async fn lease(self: &Arc<Self>, target: &Target, want: Want) -> Result<Lease, ConnectError> {
         let kept = match want {
             Want::Any => self.kept(target.idle),
-            Want::Sure => self.kept_h2().map(Leased::H2),
+            Want::Sure | Want::Streamed => self.kept_h2().map(Leased::H2),
             Want::Fresh | Want::Upgradable => None,
         };
         if let Some(connection) = kept {
@@ -158,7 +192,7 @@ impl Lane {
         if want != Want::Upgradable && target.prefers_h2() {
             return self.open_h2(target, want).await;
         }
-        Ok((self.open(target, want == Want::Upgradable).await?, false))
+        Ok((self.open(target, want).await?, false))
     }
 
     /// Closes every kept connection: the backend was ejected, or its process or address has changed. Those
@@ -172,9 +206,7 @@ impl Lane {
     /// Closes connections that were idle for `idle_max` or longer. Called by the worker's tick.
     pub fn reap(&self, idle_max: Duration) {
         let now = clock::now();
-        self.idle
-            .lock()
-            .retain(|kept| !kept.connection.sender.is_closed() && now.since(kept.since) < idle_max);
+        self.idle.lock().retain(|kept| now.since(kept.since) < idle_max);
         // Of the HTTP/2 ones that a burst left behind without a stream, one is enough.
         let mut spare = false;
         self.h2.lock().retain(|kept| {
@@ -189,26 +221,36 @@ impl Lane {
     }
 
     fn kept(&self, idle_max: Duration) -> Option<Leased> {
-        if let Some(h1) = self.kept_h1(idle_max) {
-            return Some(Leased::H1(h1));
+        if let Some(lean) = self.kept_h1(idle_max) {
+            return Some(Leased::Lean(lean));
         }
         self.kept_h2().map(Leased::H2)
     }
 
-    fn kept_h1(&self, idle_max: Duration) -> Option<H1> {
-        let mut idle = self.idle.lock();
-        while let Some(kept) = idle.pop() {
+    fn kept_h1(&self, idle_max: Duration) -> Option<Box<Lean>> {
+        loop {
+            let mut idle = self.idle.lock();
+            let mut kept = idle.pop()?;
             if clock::now().since(kept.since) >= idle_max {
                 // Everything below is older still.
                 idle.clear();
                 return None;
             }
-            if kept.connection.sender.is_ready() {
-                kept.connection.traffic.set_idle(false);
+            drop(idle);
+            if kept.connection.is_quiet(Waker::noop()) {
                 return Some(kept.connection);
             }
+            kept.connection.traffic.closed();
         }
-        None
+    }
+
+    /// Drops the kept connections that their peers have closed. Those that stand wake `waker` when they are.
+    fn drop_closed(&self, waker: &Waker) {
+        let closed: Vec<Idle> =
+            self.idle.lock().extract_if(.., |kept| !kept.connection.is_quiet(waker)).collect();
+        for kept in closed {
+            kept.connection.traffic.closed();
+        }
     }
 
     fn kept_h2(&self) -> Option<H2Stream> {
@@ -230,13 +272,17 @@ impl Lane {
         {
             return Ok((Leased::H2(h2), true));
         }
-        Ok((self.open(target, false).await?, false))
+        Ok((self.open(target, want).await?, false))
     }
 
-    async fn open(&self, target: &Target, upgradable: bool) -> Result<Leased, ConnectError> {
+    async fn open(&self, target: &Target, want: Want) -> Result<Leased, ConnectError> {
         let era = self.era.load(Ordering::Acquire);
-        Ok(match connect::open(target, upgradable).await? {
-            Opened::H1(h1) => Leased::H1(H1 { era, ..h1 }),
+        Ok(match connect::open(target, want).await? {
+            Opened::Lean(mut lean) => {
+                lean.era = era;
+                Leased::Lean(lean)
+            }
+            Opened::H1(h1) => Leased::H1(h1),
             Opened::H2(h2) => {
                 let h2 = Arc::new(h2);
                 let mut open = self.h2.lock();
@@ -249,17 +295,31 @@ impl Lane {
         })
     }
 
-    fn keep(&self, connection: H1) {
-        if connection.sender.is_closed() {
+    /// Keeps a connection for the next request, if there can be one.
+    fn keep(self: &Arc<Self>, mut connection: Box<Lean>) {
+        if !connection.is_reusable() {
+            return;
+        }
+        if !connection.is_quiet(&self.keeper.waker(self)) {
             connection.traffic.closed();
             return;
         }
         let mut idle = self.idle.lock();
         if idle.len() < IDLE_MAX && connection.era == self.era.load(Ordering::Acquire) {
-            connection.traffic.set_idle(true);
             idle.push(Idle { connection, since: clock::now() });
         }
     }
+}
+
+/// Whether a head says that its connection ends with the message.
+fn says_close(headers: &HeaderMap) -> bool {
+    let says = |value: &HeaderValue| {
+        value
+            .to_str()
+            .is_ok_and(|value| value.split(',').any(|word| word.trim().eq_ignore_ascii_case("close")))
+    };
+    // Nearly no head has the field, and looking for one is cheaper than looking for several.
+    headers.contains_key(header::CONNECTION) && headers.get_all(header::CONNECTION).iter().any(says)
 }
 
 impl Lease {
@@ -275,14 +335,15 @@ impl Lease {
 
     /// Puts an unused connection back.
     pub fn give_back(self) {
-        if let Leased::H1(h1) = self.connection {
-            self.lane.keep(h1);
+        if let Leased::Lean(lean) = self.connection {
+            self.lane.keep(lean);
         }
     }
 
     /// Counts of the connection, to be watched while an exchange is under way.
     pub fn traffic(&self) -> Arc<Traffic> {
         match &self.connection {
+            Leased::Lean(lean) => lean.traffic.clone(),
             Leased::H1(h1) => h1.traffic.clone(),
             Leased::H2(stream) => stream.0.traffic.clone(),
         }

@@ -21,8 +21,6 @@ pub struct Traffic {
     read: AtomicU64,
     /// Moment of the first byte read since `mark`, 0 while there was none.
     first_read: AtomicU64,
-    /// It is kept and waits for its next request.
-    idle: AtomicBool,
     /// One of the two sides has said that it closes after this answer.
     last: AtomicBool,
     lost: Lost,
@@ -52,13 +50,9 @@ impl Traffic {
         self.first_read.store(0, Ordering::Relaxed);
     }
 
-    /// Whether it is kept and waits for its next request.
-    pub(super) fn is_idle(&self) -> bool {
-        self.idle.load(Ordering::Relaxed)
-    }
-
-    pub(super) fn set_idle(&self, idle: bool) {
-        self.idle.store(idle, Ordering::Relaxed);
+    /// Whether one of the two sides has said that it closes after this answer.
+    pub(super) fn is_last(&self) -> bool {
+        self.last.load(Ordering::Relaxed)
     }
 
     pub(super) fn set_last(&self, last: bool) {
@@ -67,7 +61,7 @@ impl Traffic {
 
     /// The peer closed it between two requests. Whoever wants to know is told, unless that was to be expected.
     pub(super) fn closed(&self) {
-        if !self.last.load(Ordering::Relaxed) {
+        if !self.is_last() {
             (self.lost)();
         }
     }
@@ -86,7 +80,6 @@ impl<T> Tap<T> {
             written: AtomicU64::new(0),
             read: AtomicU64::new(0),
             first_read: AtomicU64::new(0),
-            idle: AtomicBool::new(false),
             last: AtomicBool::new(false),
             lost,
         });

@@ -9,7 +9,9 @@ use evergate::discover;
 use evergate::drain::Drain;
 use evergate::pool::{Backend as Record, Directory};
 use evergate::telemetry::Telemetry;
-use evergate::upstream::{ConnectFailure, OutBody, Resolver, Want};
+use evergate::upstream::{ConnectFailure, OutBody, OutHead, Resolver, Want};
+use http::uri::PathAndQuery;
+use http::{HeaderMap, Method};
 use parking_lot::Mutex;
 use tokio::net::UdpSocket;
 use tokio::task::JoinHandle;
@@ -201,11 +203,13 @@ async fn connections_are_closed_when_their_address_is_gone_and_only_then() {
     let snapshot = discovering.directory.snapshot();
     let member = &snapshot.pools[0].members[0];
     let lane = member.backend.lane(0);
-    let request = || http::Request::get("/health").body(()).unwrap().into_parts().0;
+    let headers = HeaderMap::new();
+    let path = PathAndQuery::from_static("/health");
+    let request = OutHead { method: &Method::GET, path, headers: &headers, also: &[] };
 
     let kept = lane.lease(&member.target, Want::Any).await.unwrap();
     let busy = lane.lease(&member.target, Want::Fresh).await.unwrap();
-    let mut answer = busy.send(&member.target, request(), OutBody::Empty).await.unwrap();
+    let mut answer = busy.send(&member.target, &request, OutBody::Empty).await.unwrap();
     kept.give_back();
     assert_eq!(lane.idle(), 1);
 

@@ -1,5 +1,7 @@
 //! A request that its own pool cannot serve, and another pool that may: by configuration and by cause only.
 
+mod slow;
+
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};

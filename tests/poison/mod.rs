@@ -206,6 +206,7 @@ async fn a_request_that_kills_behind_its_first_token_costs_two_replicas_too() {
     proxy.probed().await;
     let answer = Http::One.send(proxy.addr, &poison()).await;
     assert_eq!(answer.text().matches("\"error\"").count(), 1, "{}", answer.text());
+    assert!(answer.text().contains("\"code\":\"request_kills_backends\""), "{}", answer.text());
     assert!(!answer.text().contains("[DONE]"), "{}", answer.text());
     assert_eq!(touched(&backends), 2);
     assert!(is_armed(&proxy));

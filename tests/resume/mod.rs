@@ -1,5 +1,7 @@
 //! A replica dies in the middle of a token stream and its client does not notice (F16 to F19, F21).
 
+mod moves;
+
 use std::time::Duration;
 
 use evergate::telemetry::metrics::{AttemptOutcome, End};

@@ -138,6 +138,10 @@ mod tests {
         assert_eq!(cap.most(), Some(5), "no whole round yet");
         cap.served(at(4000), 5);
         assert_eq!(cap.most(), Some(6));
+        (0..12).for_each(|_| cap.served(at(4999), 6));
+        assert_eq!(cap.most(), Some(6), "less than a second after the step");
+        cap.served(at(5000), 6);
+        assert_eq!(cap.most(), Some(7));
     }
 
     #[test]

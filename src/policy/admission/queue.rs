@@ -254,6 +254,7 @@ mod tests {
         queue.join(at(3), 2, high, LATE, 'c').unwrap();
         assert_eq!(queue.join(at(49), 2, high, LATE, 'd'), Err(Full));
         queue.join(at(50), 2, high, LATE, 'd').unwrap();
+        assert!(!queue.is_empty());
         assert_eq!((queue.next(at(60)).unwrap().1, queue.next(at(60)).unwrap().1), ('c', 'd'));
         assert!(queue.is_empty());
     }

@@ -272,9 +272,13 @@ impl Cursor {
         text: &[u8],
     ) -> Result<usize, Differs> {
         let mut passed = 0;
-        while passed < text.len()
-            && let Some(run) = journal.runs.get(self.run)
-        {
+        while passed < text.len() {
+            // Looked at when there is something to compare and not before: the last run may have grown meanwhile,
+            // where another leg still speaks.
+            while journal.runs.get(self.run).is_some_and(|run| run.end == self.at) {
+                self.run += 1;
+            }
+            let Some(run) = journal.runs.get(self.run) else { break };
             let len = (run.end - self.at).min(text.len() - passed);
             let again = &text[passed..passed + len];
             if run.channel != channel || journal.text[self.at..self.at + len] != *again {
@@ -282,9 +286,6 @@ impl Cursor {
             }
             passed += len;
             self.at += len;
-            if self.at == run.end {
-                self.run += 1;
-            }
         }
         Ok(passed)
     }

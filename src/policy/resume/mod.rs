@@ -19,6 +19,7 @@
 //! cannot go on. Events are bounded and judged by the caller's reader too; an engine's error abandons a leg.
 //! docs/adr/0017-resume.md lists each guard with the test that fails without it.
 
+mod beside;
 mod chunk;
 mod continuation;
 mod edit;
@@ -34,6 +35,7 @@ use std::ops::ControlFlow;
 
 use smallvec::SmallVec;
 
+use self::beside::Beside;
 use self::chunk::{Channel, Chunk};
 use self::continuation::{Seam, Verdict, continuation};
 use self::edit::Edits;
@@ -277,6 +279,8 @@ pub enum Abandon {
     Failed,
     /// `[DONE]` before a finish.
     EndedEarly,
+    /// The client has meanwhile got from another leg what this one was to say.
+    Overtaken,
     /// There is no leg: none was begun, or it was given up before.
     NoLeg,
 }
@@ -294,6 +298,7 @@ impl Abandon {
             Self::Unreadable => "unreadable",
             Self::Failed => "failed",
             Self::EndedEarly => "ended_early",
+            Self::Overtaken => "overtaken",
             Self::NoLeg => "no_leg",
         }
     }
@@ -331,6 +336,10 @@ pub struct Splice {
     /// For the leg that was planned last, if it continues.
     seam: Option<Seam>,
     leg: Option<Leg>,
+    /// A leg that is begun while `leg`, or the first, still speaks.
+    beside: Option<Beside>,
+    /// Bytes of text when that was planned.
+    planned_at: usize,
 }
 
 /// A leg after the first.
@@ -338,6 +347,12 @@ pub struct Splice {
 struct Leg {
     decoder: Decoder,
     told: Told,
+}
+
+impl Leg {
+    fn held(&self) -> usize {
+        self.decoder.pending().len() + self.told.held()
+    }
 }
 
 #[derive(Debug)]
@@ -386,6 +401,8 @@ impl Splice {
             resumes: 0,
             seam: None,
             leg: None,
+            beside: None,
+            planned_at: 0,
         })
     }
 
@@ -397,8 +414,8 @@ impl Splice {
 
     /// Bytes it holds, for the process-wide memory bound.
     pub fn held(&self) -> usize {
-        let leg = self.leg.as_ref().map_or(0, |leg| leg.decoder.pending().len() + leg.told.held());
-        size_of::<Self>() + self.journal.held() + self.seam.as_ref().map_or(0, Seam::held) + leg
+        let legs = self.leg.as_ref().map_or(0, Leg::held) + self.beside.as_ref().map_or(0, Beside::held);
+        size_of::<Self>() + self.journal.held() + self.seam.as_ref().map_or(0, Seam::held) + legs
     }
 
     /// After a break: how to go on at a backend of this engine (`None`: not known; replay only). Strategies

@@ -3,6 +3,8 @@
 //! A cut at a byte is a cut behind the last whole event before it, because nothing else is forwarded; so the
 //! tests cut behind every event and thereby at every byte.
 
+mod beside;
+
 use std::collections::BTreeSet;
 use std::ops::ControlFlow;
 

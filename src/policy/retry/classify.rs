@@ -95,6 +95,8 @@ pub enum Cause {
     InvalidEvent,
     /// The backend was ejected while this attempt waited for it.
     Rescued,
+    /// The backend is on its way out, and this attempt's time there is over.
+    Drain,
     /// The client's upload broke off or idled out.
     Upload,
     /// The client went away.
@@ -150,6 +152,7 @@ impl Cause {
             Self::AbortFinish => "abort_finish",
             Self::InvalidEvent => "invalid_event",
             Self::Rescued => "rescued",
+            Self::Drain => "drain",
             Self::Upload => "upload_broken",
             Self::ClientGone => "client_gone",
             Self::TotalTimeout => "total_timeout",
@@ -257,9 +260,11 @@ pub fn verdict(facts: &Facts) -> Verdict {
         Cause::ErrorInside(ErrorClass::Overloaded) => Verdict::Busy,
         Cause::ErrorInside(ErrorClass::ClientFault(status)) => of_status(status, facts.own_credentials),
         Cause::Closed if facts.is_stale_connection() => Verdict::Neutral,
-        Cause::LocalResources | Cause::StreamRefused | Cause::Rescued | Cause::TotalTimeout => {
-            Verdict::Neutral
-        }
+        Cause::LocalResources
+        | Cause::StreamRefused
+        | Cause::Rescued
+        | Cause::Drain
+        | Cause::TotalTimeout => Verdict::Neutral,
         Cause::Upload | Cause::ClientGone => Verdict::Cancelled,
         Cause::Refused
         | Cause::ConnectTimeout
