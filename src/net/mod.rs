@@ -92,3 +92,27 @@ pub fn give_up_after(stream: &TcpStream, patience: Duration, stalls: bool) -> io
 pub fn from_std(stream: std::net::TcpStream) -> io::Result<TcpStream> {
     Kernel::from_std(stream).map(accepted)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_connection_is_given_up_by_the_kernel() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let stream = connect(listener.local_addr().unwrap()).await.unwrap();
+        give_up_after(&stream, Duration::from_secs(10), false).unwrap();
+        let TcpStream::Real(tcp) = &stream else { panic!("no network was made on this thread") };
+        let socket = SockRef::from(tcp);
+        assert!(socket.keepalive().unwrap());
+        assert_eq!(socket.tcp_keepalive_time().unwrap(), KEEPALIVE_IDLE);
+        assert_eq!(socket.tcp_keepalive_interval().unwrap(), KEEPALIVE_INTERVAL);
+        assert_eq!(socket.tcp_keepalive_retries().unwrap(), 5);
+        assert_eq!(socket.tcp_user_timeout().unwrap(), Some(Duration::from_secs(10)));
+        let tunnel = connect(listener.local_addr().unwrap()).await.unwrap();
+        give_up_after(&tunnel, Duration::from_secs(60), true).unwrap();
+        let TcpStream::Real(tcp) = &tunnel else { panic!("no network was made on this thread") };
+        assert_eq!(SockRef::from(tcp).tcp_user_timeout().unwrap(), None);
+        assert_eq!(SockRef::from(tcp).tcp_keepalive_retries().unwrap(), 55);
+    }
+}

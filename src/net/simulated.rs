@@ -168,10 +168,8 @@ pub struct Socket {
 impl Network {
     /// An empty one, of this thread until another takes its place or the guard is dropped.
     pub(crate) fn of_this_thread(seed: u64) -> (Self, Leave) {
-        let network = Self(Arc::new(Mutex::new(Inner {
-            rng: fastrand::Rng::with_seed(seed),
-            hosts: BTreeMap::new(),
-        })));
+        let network =
+            Self(Arc::new(Mutex::new(Inner { rng: fastrand::Rng::with_seed(seed), hosts: BTreeMap::new() })));
         HERE.with_borrow_mut(|here| *here = Some(network.clone()));
         (network, Leave)
     }
@@ -185,8 +183,7 @@ impl Network {
     pub(crate) fn add(&self, host: SocketAddr, conditions: Conditions) {
         let now = Instant::now();
         let link = Arc::new(Mutex::new(Link { conditions, open: [true; 2], busy: [now; 2] }));
-        let host_there =
-            Host { link, door: Door::Open, listening: None, wires: Vec::new(), breaks: None };
+        let host_there = Host { link, door: Door::Open, listening: None, wires: Vec::new(), breaks: None };
         self.0.lock().hosts.insert(host, host_there);
     }
 
@@ -255,11 +252,6 @@ impl Network {
                 wire.wake_all();
             }
         });
-    }
-
-    /// Connections of the host that are open at either end.
-    pub(crate) fn open(&self, host: SocketAddr) -> usize {
-        self.host(host, |there| there.wires.iter().filter(|wire| wire.strong_count() > 0).count())
     }
 
     /// From now on connections to the host wait there to be accepted.
@@ -391,7 +383,15 @@ impl Conditions {
 fn wire(host: &mut Host, rng: &mut fastrand::Rng) -> (Socket, Socket) {
     let mut pipes = [Pipe::default(), Pipe::default()];
     pipes[FAR].breaks = host.breaks.as_ref().map(|(range, end)| (rng.u64(range.clone()), *end));
-    let wire = Wire { link: host.link.clone(), rng: rng.fork(), pipes, forgotten: false, rebooted: false, broken: None, patience: None };
+    let wire = Wire {
+        link: host.link.clone(),
+        rng: rng.fork(),
+        pipes,
+        forgotten: false,
+        rebooted: false,
+        broken: None,
+        patience: None,
+    };
     let wire = Arc::new(Mutex::new(wire));
     host.wires.retain(|wire| wire.strong_count() > 0);
     host.wires.push(Arc::downgrade(&wire));
@@ -402,7 +402,8 @@ impl Wire {
     /// Writes as much as there is room for; `None` when there is none.
     fn write(&mut self, way: usize, bytes: &[u8]) -> Option<usize> {
         let pipe = &mut self.pipes[way];
-        let room = BUFFER_BYTES.saturating_sub(pipe.bytes_under_way + pipe.arrived.len() + pipe.unacknowledged);
+        let room =
+            BUFFER_BYTES.saturating_sub(pipe.bytes_under_way + pipe.arrived.len() + pipe.unacknowledged);
         if room == 0 {
             return None;
         }
@@ -424,7 +425,8 @@ impl Wire {
         pipe.written += bytes.len() as u64;
         while !bytes.is_empty() {
             let chopped = self.link.lock().conditions.chopped;
-            let piece = if chopped { self.rng.usize(1..=CHOP_BYTES_MAX).min(bytes.len()) } else { bytes.len() };
+            let piece =
+                if chopped { self.rng.usize(1..=CHOP_BYTES_MAX).min(bytes.len()) } else { bytes.len() };
             self.send(way, Segment::Data(bytes[..piece].to_vec()));
             bytes = &bytes[piece..];
         }
@@ -545,7 +547,11 @@ impl Socket {
 }
 
 impl AsyncRead for Socket {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         let this = &mut *self;
         loop {
             let mut wire = this.wire.lock();
@@ -632,5 +638,117 @@ impl Drop for Socket {
         if incoming.end != Some(End::Reset) {
             wire.close(self.side, end);
         }
+    }
+}
+
+mod tests {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    use super::*;
+
+    const HOST: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 1)), 80);
+    const MS: fn(u64) -> Duration = Duration::from_millis;
+
+    /// evergate's end and the host's, over a link of 10 ms.
+    async fn connected() -> (Network, Leave, Socket, Socket) {
+        let (network, leave) = Network::of_this_thread(7);
+        network.add(HOST, Conditions { latency: MS(10), ..Conditions::default() });
+        let listener = network.listen(HOST);
+        let near = network.connect(HOST).await.unwrap();
+        let far = listener.accept().await;
+        (network, leave, near, far)
+    }
+
+    async fn read(socket: &mut Socket) -> io::Result<String> {
+        let mut bytes = [0; 100];
+        socket.read(&mut bytes).await.map(|n| String::from_utf8_lossy(&bytes[..n]).into_owned())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn bytes_arrive_after_the_latency_and_an_end_behind_them() {
+        let (_network, _leave, mut near, mut far) = connected().await;
+        let sent = Instant::now();
+        near.write_all(b"hello").await.unwrap();
+        near.shutdown().await.unwrap();
+        assert_eq!((read(&mut far).await.unwrap(), sent.elapsed()), ("hello".to_owned(), MS(10)));
+        assert_eq!(read(&mut far).await.unwrap(), "");
+        far.write_all(b"bye").await.unwrap();
+        drop(far);
+        assert_eq!(read(&mut near).await.unwrap(), "bye");
+        assert_eq!(read(&mut near).await.unwrap(), "");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_cut_link_holds_what_is_under_way_until_it_is_mended() {
+        let (network, _leave, mut near, mut far) = connected().await;
+        far.write_all(b"late").await.unwrap();
+        network.set_open(HOST, [true, false]);
+        assert!(tokio::time::timeout(MS(5_000), read(&mut near)).await.is_err());
+        near.write_all(b"heard").await.unwrap();
+        assert_eq!(read(&mut far).await.unwrap(), "heard");
+        assert!(tokio::time::timeout(MS(5_000), network.connect(HOST)).await.is_err());
+        let mended = Instant::now();
+        network.set_open(HOST, [true; 2]);
+        assert_eq!(read(&mut near).await.unwrap(), "late");
+        assert!((LOST_AGAIN_MIN..=LOST_AGAIN_MAX).contains(&mended.elapsed()), "{:?}", mended.elapsed());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_forgotten_connection_is_silent_until_the_kernel_gives_it_up() {
+        let (network, _leave, mut near, mut far) = connected().await;
+        network.forget(HOST);
+        near.write_all(b"anybody there?").await.unwrap();
+        assert!(tokio::time::timeout(MS(600_000), read(&mut far)).await.is_err());
+        near.give_up_after(MS(10_000));
+        assert_eq!(read(&mut near).await.unwrap_err().kind(), io::ErrorKind::TimedOut);
+        drop(near);
+        assert!(
+            tokio::time::timeout(MS(600_000), read(&mut far)).await.is_err(),
+            "nor is it told of the end"
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_host_that_was_turned_off_and_on_answers_by_reset() {
+        let (network, _leave, mut near, far) = connected().await;
+        network.reboot(HOST);
+        drop(far);
+        assert!(tokio::time::timeout(MS(3_000), read(&mut near)).await.is_err(), "nothing comes unasked");
+        near.write_all(b"anybody there?").await.unwrap();
+        assert_eq!(read(&mut near).await.unwrap_err().kind(), io::ErrorKind::ConnectionReset);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn connections_break_at_their_byte_and_doors_close() {
+        let (network, _leave, _near, _far) = connected().await;
+        let listener = network.listen(HOST);
+        for (end, kind) in [(End::Closed, None), (End::Reset, Some(io::ErrorKind::ConnectionReset))] {
+            network.set_breaks(HOST, Some((3..4, end)));
+            let (mut near, mut far) = (network.connect(HOST).await.unwrap(), listener.accept().await);
+            far.write_all(b"broken").await.unwrap();
+            assert_eq!(read(&mut near).await.unwrap(), "bro");
+            assert_eq!(read(&mut near).await.err().map(|error| error.kind()), kind);
+            assert!(far.write_all(b"more").await.is_err());
+        }
+        network.set_door(HOST, Door::Shut);
+        assert_eq!(network.connect(HOST).await.unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
+        network.set_door(HOST, Door::Silent);
+        assert!(tokio::time::timeout(MS(600_000), network.connect(HOST)).await.is_err());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_full_buffer_waits_for_its_reader_and_a_narrow_link_takes_its_time() {
+        let (network, _leave, mut near, mut far) = connected().await;
+        let rate = Some(1_000);
+        network.set_conditions(HOST, Conditions { bytes_per_second: rate, ..Conditions::default() });
+        let begun = Instant::now();
+        near.write_all(&[0; 2_000]).await.unwrap();
+        let mut all = vec![0; 2_000];
+        far.read_exact(&mut all).await.unwrap();
+        assert_eq!(begun.elapsed(), MS(2_000));
+        network.set_conditions(HOST, Conditions::default());
+        let mut much = vec![0; 2 * BUFFER_BYTES];
+        assert!(tokio::time::timeout(MS(1_000), near.write_all(&much)).await.is_err());
+        assert_eq!(far.read_exact(&mut much[..BUFFER_BYTES]).await.unwrap(), BUFFER_BYTES);
     }
 }

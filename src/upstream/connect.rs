@@ -195,7 +195,8 @@ async fn open_unbounded(target: &Target, want: Want) -> Result<Opened, ConnectEr
     // Small writes leave at once: Nagle with delayed acknowledgement costs 40 ms a token.
     tcp.set_nodelay(true).map_err(|e| fail(ConnectFailure::of(&e), e))?;
     // What a tunnel carries may rest unread for as long as its ends like.
-    net::give_up_after(&tcp, target.patience, upgradable).map_err(|e| fail(ConnectFailure::of(&e), e))?;
+    net::give_up_after(&tcp, target.patience, want == Want::Upgradable)
+        .map_err(|e| fail(ConnectFailure::of(&e), e))?;
     let Some(tls) = &target.tls else {
         return handshake(target, tcp, target.http == UpstreamHttp::Http2, want).await;
     };

@@ -117,7 +117,8 @@ fn refusal(got: &Got) -> Result<Verdict, &'static str> {
         return Err("a refusal without its request's id");
     }
     let after = got.headers.get("retry-after").and_then(|after| after.to_str().ok()?.parse::<u64>().ok());
-    if got.status == StatusCode::SERVICE_UNAVAILABLE && !after.is_some_and(|after| (1..=60).contains(&after)) {
+    if got.status == StatusCode::SERVICE_UNAVAILABLE && !after.is_some_and(|after| (1..=60).contains(&after))
+    {
         return Err("a 503 without an honest Retry-After");
     }
     Ok(Verdict::Refused(got.status.as_u16(), code.to_owned()))
@@ -171,8 +172,8 @@ fn stream(kind: Kind, truth: &str, body: &[u8]) -> Result<Verdict, String> {
     match (said == truth, finished, done, failed) {
         (true, true, true, None) => Ok(Verdict::Whole),
         (_, false, false, Some(code)) if truth.starts_with(&said) => Ok(Verdict::ErrorEvent(code)),
-        (_, finished, done, failed) => Err(format!(
-            "said {said:?} of {truth:?}, finished {finished}, [DONE] {done}, error {failed:?}"
-        )),
+        (_, finished, done, failed) => {
+            Err(format!("said {said:?} of {truth:?}, finished {finished}, [DONE] {done}, error {failed:?}"))
+        }
     }
 }

@@ -19,7 +19,7 @@ pub(super) const WARM: Duration = Duration::from_secs(5);
 /// ramp behind it.
 const RECOVERY: Duration = Duration::from_secs(30);
 /// Then nobody asks, and the world is looked at: the longest answer, and idle connections closed.
-const QUIET: Duration = Duration::from_secs(20);
+const QUIET: Duration = Duration::from_secs(12);
 
 /// What goes wrong in a world.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -163,7 +163,11 @@ impl Plan {
             first_token: MS(rng.u64(20..=300)),
             tokens_per_second: [20.0, 30.0, 50.0][rng.usize(..3)],
             links: std::array::from_fn(|_| lan(&mut rng)),
-            clients: Conditions { latency: MS(rng.u64(0..=30)), jitter: MS(rng.u64(0..=10)), ..lan(&mut rng) },
+            clients: Conditions {
+                latency: MS(rng.u64(0..=30)),
+                jitter: MS(rng.u64(0..=10)),
+                ..lan(&mut rng)
+            },
             trouble: Vec::new(),
             sick: [false; BACKENDS],
             unwell: WARM..WARM,
@@ -177,6 +181,11 @@ impl Plan {
         plan
     }
 
+    /// Whether a probe of backend `i` has time for its two round trips.
+    pub(super) fn probes_fit(&self, i: usize) -> bool {
+        4 * (self.links[i].latency + self.links[i].jitter) < MS(950)
+    }
+
     fn make_trouble(&mut self, rng: &mut fastrand::Rng) {
         let sick = rng.usize(..BACKENDS);
         let begins = WARM + MS(rng.u64(0..4_000));
@@ -184,7 +193,13 @@ impl Plan {
         match self.scenario {
             Scenario::Calm => {}
             Scenario::Partition => {
-                self.from_to(sick, begins, heals, Trouble::Open(sick, [false; 2]), Trouble::Open(sick, [true; 2]));
+                self.from_to(
+                    sick,
+                    begins,
+                    heals,
+                    Trouble::Open(sick, [false; 2]),
+                    Trouble::Open(sick, [true; 2]),
+                );
             }
             Scenario::OneWay => {
                 let heard = rng.bool();
@@ -215,7 +230,9 @@ impl Plan {
             Scenario::SlowLink => {
                 let slow = match rng.bool() {
                     true => Conditions { bytes_per_second: Some(rng.u32(1_000..20_000)), ..self.links[sick] },
-                    false => Conditions { latency: MS(rng.u64(300..1_500)), jitter: MS(300), ..self.links[sick] },
+                    false => {
+                        Conditions { latency: MS(rng.u64(300..1_500)), jitter: MS(300), ..self.links[sick] }
+                    }
                 };
                 let well = self.links[sick];
                 self.from_to(
@@ -227,8 +244,7 @@ impl Plan {
                 );
             }
             Scenario::SilentConnects | Scenario::Refusals => {
-                let door =
-                    if self.scenario == Scenario::Refusals { Door::Shut } else { Door::Silent };
+                let door = if self.scenario == Scenario::Refusals { Door::Shut } else { Door::Silent };
                 self.from_to(sick, begins, heals, Trouble::Door(sick, door), Trouble::Door(sick, Door::Open));
             }
             Scenario::Breaks => {
@@ -275,7 +291,13 @@ impl Plan {
                             Trouble::Open(i, [false; 2]),
                             Trouble::Open(i, [true; 2]),
                         ),
-                        _ => self.from_to(i, at, back, Trouble::Door(i, Door::Shut), Trouble::Door(i, Door::Open)),
+                        _ => self.from_to(
+                            i,
+                            at,
+                            back,
+                            Trouble::Door(i, Door::Shut),
+                            Trouble::Door(i, Door::Open),
+                        ),
                     }
                 }
             }

@@ -7,8 +7,9 @@
 use std::time::Duration;
 
 use super::client::Verdict;
-use super::plan::{Kind, Plan, Scenario, Trouble};
+use super::plan::{Plan, Scenario, Trouble};
 use super::world::{Exchange, Told};
+use crate::net::simulated::Door;
 
 const fn secs(seconds: u64) -> Duration {
     Duration::from_secs(seconds)
@@ -26,14 +27,6 @@ const PATIENCE: Duration = secs(10);
 const TICKS: Duration = Duration::from_millis(400);
 /// Requests that backends may receive for one exchange: three attempts, a hedge, and the legs of two resumes.
 const RECEIVED_MAX: u32 = 6;
-
-/// What is late about an exchange, for the summary of a run.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Lateness {
-    pub(super) first: Duration,
-    pub(super) gap: Duration,
-    pub(super) refused: Duration,
-}
 
 /// How long an exchange may take.
 struct Bounds {
@@ -61,9 +54,9 @@ fn bounds(plan: &Plan, exchange: &Exchange) -> Bounds {
     let again = links(plan) + plan.first_token + exchange.lasts;
     let (first, gap) = match plan.scenario {
         Scenario::Calm | Scenario::Latency => (Duration::ZERO, Duration::ZERO),
-        Scenario::Refusals => (Duration::ZERO, Duration::ZERO),
         Scenario::SilentConnects => (CONNECT, Duration::ZERO),
-        Scenario::Breaks => (again, again),
+        // Who is known to be out is left, also by what waits there.
+        Scenario::Breaks | Scenario::Refusals => (again, again),
         Scenario::RestartStorm => (WAIT + again, WAIT + again),
         Scenario::Partition | Scenario::OneWay | Scenario::SlowLink => {
             (late + VERIFY + CONNECT + again, silent + VERIFY + CONNECT + again)
@@ -107,7 +100,13 @@ fn judge(plan: &Plan, exchange: &Exchange) -> Result<(), String> {
         Some(Verdict::Refused(..) | Verdict::ErrorEvent(_)) if plan.scenario == Scenario::AllDown => {
             refused(plan, exchange)
         }
-        Some(Verdict::Refused(..) | Verdict::ErrorEvent(_)) => Err("it failed, and a backend was well".to_owned()),
+        // Whose connections all died at once looks like a pool that is down.
+        Some(Verdict::ErrorEvent(_)) if plan.scenario == Scenario::HalfOpen && plan.sick == [true; 3] => {
+            Ok(())
+        }
+        Some(Verdict::Refused(..) | Verdict::ErrorEvent(_)) => {
+            Err("it failed, and a backend was well".to_owned())
+        }
         Some(Verdict::Wrong(_)) => Err("it is wrong".to_owned()),
     }
 }
@@ -118,7 +117,7 @@ fn refused(plan: &Plan, exchange: &Exchange) -> Result<(), String> {
         let is_back = match what {
             Trouble::Start(..) => true,
             Trouble::Open(_, open) => *open == [true; 2],
-            Trouble::Door(_, door) => *door == crate::net::simulated::Door::Open,
+            Trouble::Door(_, door) => *door == Door::Open,
             _ => false,
         };
         is_back.then_some(*at)
@@ -138,15 +137,16 @@ fn refused(plan: &Plan, exchange: &Exchange) -> Result<(), String> {
     Ok(())
 }
 
-/// How far beyond the healthy it was.
-pub(super) fn lateness(plan: &Plan, exchange: &Exchange) -> Lateness {
+/// How an exchange was late beyond a healthy one (first byte), silent, and how long it took to be refused.
+pub(super) fn lateness(plan: &Plan, exchange: &Exchange) -> [(&'static str, Duration); 3] {
+    let (mut first, mut gap, mut refused) = <(Duration, Duration, Duration)>::default();
     match &exchange.verdict {
-        Some(Verdict::Whole) => Lateness {
-            first: exchange.first.unwrap_or_default().saturating_sub(healthy(plan, exchange)),
-            gap: if exchange.ask.kind == Kind::Chat { Duration::ZERO } else { exchange.gap },
-            refused: Duration::ZERO,
-        },
-        Some(Verdict::Refused(..)) => Lateness { refused: exchange.took, ..Lateness::default() },
-        _ => Lateness::default(),
+        Some(Verdict::Whole) => {
+            first = exchange.first.unwrap_or_default().saturating_sub(healthy(plan, exchange));
+            gap = exchange.gap;
+        }
+        Some(Verdict::Refused(..)) => refused = exchange.took,
+        Some(Verdict::ErrorEvent(_) | Verdict::Wrong(_)) | None => {}
     }
+    [("first byte late by", first), ("silent for", gap), ("refused after", refused)]
 }
