@@ -342,13 +342,16 @@ impl Plan {
             7..9 => Kind::Chat,
             _ => Kind::Embeddings,
         };
-        // What is usual must not take longer than what is suspicious.
-        let short = self.known && !kind.streams();
         self.asks.push(Ask {
             at,
             kind,
             h2: rng.u8(..4) == 0,
-            tokens_max: if short { rng.usize(4..24) } else { rng.usize(4..70) },
+            // Where soft clocks are short, what is usual must not take longer than what is suspicious.
+            tokens_max: match (self.known, kind.streams()) {
+                (true, false) => rng.usize(4..24),
+                (true, true) => rng.usize(4..40),
+                (false, _) => rng.usize(4..70),
+            },
             leaves: (rng.u8(..12) == 0).then(|| MS(rng.u64(1..3_000))),
         });
     }

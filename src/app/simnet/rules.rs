@@ -58,9 +58,11 @@ fn bounds(plan: &Plan, exchange: &Exchange) -> Bounds {
         // Who is known to be out is left, also by what waits there.
         Scenario::Breaks | Scenario::Refusals => (again, again),
         Scenario::RestartStorm => (WAIT + again, WAIT + again),
-        Scenario::Partition | Scenario::OneWay | Scenario::SlowLink => {
-            (late + VERIFY + CONNECT + again, silent + VERIFY + CONNECT + again)
+        // Suspicion, proof, and anew elsewhere; what comes meanwhile may meet the connect clock instead.
+        Scenario::Partition | Scenario::OneWay => {
+            ((late + VERIFY).max(CONNECT) + again, silent + VERIFY + again)
         }
+        Scenario::SlowLink => (late + VERIFY + CONNECT + again, silent + VERIFY + CONNECT + again),
         Scenario::HalfOpen => (late.max(PATIENCE) + CONNECT + again, PATIENCE + CONNECT + again),
         Scenario::AllDown => (late + VERIFY + 3 * CONNECT + WAIT + again, PATIENCE + secs(100)),
     };
