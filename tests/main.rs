@@ -14,6 +14,7 @@ mod health;
 mod hygiene;
 mod limits;
 mod load;
+mod opinion;
 mod overload;
 mod poison;
 mod probe;

@@ -23,6 +23,9 @@ use crate::telemetry::metrics::{AttemptOutcome, ProbeResult};
 /// Number of this schema.
 pub const SCHEMA: u32 = 1;
 
+/// State of a backend whose output its peers have overruled.
+const QUARANTINED: &str = "quarantined";
+
 /// Everything.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
@@ -134,7 +137,8 @@ pub struct ModelStatus {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct StandingStatus {
-    /// `unknown`, `healthy`, `slow_start`, `unhealthy`, `refusing`, `ejected`, `awaits_probe`, `probation`.
+    /// `unknown`, `healthy`, `slow_start`, `unhealthy`, `refusing`, `ejected`, `awaits_probe`, `probation`; whatever
+    /// else it is, `quarantined`.
     pub state: String,
     /// What may be sent there: `eligible`, `probation`, `busy`, `refusing`, `out`.
     pub standing: String,
@@ -144,6 +148,8 @@ pub struct StandingStatus {
     pub until_seconds: Option<f64>,
     /// Of its recent outcomes; none while there are too few.
     pub success_rate: Option<f64>,
+    /// For how long it has been in quarantine.
+    pub quarantined_seconds: Option<f64>,
 }
 
 /// One probe.
@@ -272,12 +278,14 @@ fn judged(record: &Record, standing: Standing, now: Moment) -> StandingStatus {
         | Operational::AwaitsProbe
         | Operational::Probation => until,
     };
+    let quarantined = record.quarantined_since();
     StandingStatus {
-        state: operational.name().to_owned(),
+        state: if quarantined.is_some() { QUARANTINED } else { operational.name() }.to_owned(),
         standing: name.to_owned(),
         share: rounded(share),
         until_seconds: until.filter(|until| *until != Moment::NEVER).map(|until| seconds(until.since(now))),
         success_rate: success_rate.map(rounded),
+        quarantined_seconds: quarantined.map(|since| seconds(now.since(since))),
     }
 }
 

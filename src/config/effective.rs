@@ -457,12 +457,13 @@ fn retry_table(out: &mut Writer, retry: &RetryPolicy) {
 }
 
 fn resume_table(out: &mut Writer, resume: &ResumePolicy) {
-    let ResumePolicy { mode, resumes_max, replay_tokens_max, journal_bytes_max } = *resume;
+    let ResumePolicy { mode, resumes_max, replay_tokens_max, journal_bytes_max, second_opinion } = *resume;
     out.table("[pool.resume]");
     out.string("mode", mode.name());
     out.plain("resumes_max", resumes_max);
     out.plain("replay_tokens_max", replay_tokens_max);
     out.size("journal_bytes_max", journal_bytes_max);
+    out.plain("second_opinion", second_opinion);
 }
 
 fn queue_table(out: &mut Writer, queue: &QueuePolicy) {

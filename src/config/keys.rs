@@ -107,8 +107,10 @@ pub(super) const OUTLIER: Section = Section {
         "persistent",
     ],
 };
-pub(super) const RESUME: Section =
-    Section { path: "pool.resume", keys: &["mode", "resumes_max", "replay_tokens_max", "journal_bytes_max"] };
+pub(super) const RESUME: Section = Section {
+    path: "pool.resume",
+    keys: &["mode", "resumes_max", "replay_tokens_max", "journal_bytes_max", "second_opinion"],
+};
 pub(super) const RETRY: Section = Section {
     path: "pool.retry",
     keys: &[

@@ -887,6 +887,7 @@ fn resume(table: &Table<'_>) -> ResumePolicy {
             default.journal_bytes_max as u64,
             1 << 10..=1 << 30,
         ) as usize,
+        second_opinion: table.flag("second_opinion", default.second_opinion),
     };
     table.refuse_unknown_keys();
     resume

@@ -1141,6 +1141,40 @@ mod tests {
     }
 
     #[test]
+    fn an_object_ends_where_it_ends_whatever_follows() {
+        let go_on = |_: &[u8], _: Value<'_>| ControlFlow::Continue(());
+        assert_eq!(scan_object_prefix(b"{\"a\":[1]}\0\xff", go_on), Ok(Some(9)));
+        assert_eq!(scan_object_prefix(b" {}", go_on), Ok(Some(3)));
+        assert_eq!(scan_object_prefix(b"{\"a\":1}", |_, _| ControlFlow::Break(())), Ok(None));
+    }
+
+    #[test]
+    fn arrays_side_by_side_are_no_deeper_than_one() {
+        let many = format!("[{}[1]]", "[1],".repeat(1000));
+        let mut reader = Reader::new(many.as_bytes());
+        let mut inner = 0;
+        let walked = reader.array(|reader| {
+            inner += 1;
+            reader.array(|reader| reader.value().map(drop)).map(drop)
+        });
+        assert_eq!((walked, inner, reader.finish()), (Ok(None), 1001, Ok(())));
+    }
+
+    #[test]
+    fn faults_are_told_with_their_place() {
+        assert_eq!(validate(b"[1,").unwrap_err().to_string(), "the JSON text ends too early, at byte 3");
+        assert_eq!(validate(b"[01]").unwrap_err().to_string(), "invalid JSON number, at byte 2");
+    }
+
+    #[test]
+    fn control_characters_are_written_as_escapes() {
+        let mut out = Vec::new();
+        write_string(&mut out, "\0\u{1f}\u{7f}\u{80}\"\\\n\r\t/");
+        let written = "\"\\u0000\\u001f\\u007f\u{80}\\\"\\\\\\n\\r\\t/\"";
+        assert_eq!(String::from_utf8(out).unwrap(), written);
+    }
+
+    #[test]
     fn a_splice_touches_nothing_else() {
         let body = Bytes::from_static(br#"{ "model" : "old", "x":1}"#);
         let mut span = 0..0;

@@ -6,6 +6,7 @@
 
 pub mod admission;
 pub mod balance;
+pub mod degenerate;
 pub mod dialect;
 pub mod fallback;
 pub mod health;

@@ -25,6 +25,7 @@ use crate::pool::identity::Trust;
 use crate::pool::in_flight::List;
 use crate::pool::load::Foreign;
 use crate::pool::pick::Class;
+use crate::pool::quarantine::Belief;
 use crate::pool::signs::Signs;
 use crate::telemetry::metrics::{BackendMetrics, MODEL_OTHER, MODELS_MAX, ModelMetrics};
 use crate::upstream::{Addresses, Lane};
@@ -86,6 +87,8 @@ pub struct Backend {
     pub(super) foreign: Foreign,
     /// Somebody suspects it and wants it asked at once.
     verify_wanted: Notify,
+    /// It was quarantined: a canary may be due.
+    canary_wanted: Notify,
     /// Its state has changed: a probe may be due sooner than its prober thought.
     nudged: Notify,
     arrival: Arrival,
@@ -121,6 +124,7 @@ pub struct Record {
     /// Counts of the model; none for the judge of the whole backend.
     pub(super) metrics: Option<Arc<ModelMetrics>>,
     health: Mutex<Health>,
+    pub(super) belief: Belief,
     /// The judge's answer is "eligible, full share".
     plain: AtomicBool,
     failures: Mutex<RecentFailures>,
@@ -141,6 +145,7 @@ impl Record {
         Self {
             metrics,
             health: Mutex::new(health),
+            belief: Belief::default(),
             plain: AtomicBool::new(plain),
             failures: Mutex::new(RecentFailures::default()),
             failed_lately: AtomicBool::new(false),
@@ -154,6 +159,9 @@ impl Record {
     pub fn standing(&self, policy: &HealthPolicy, now: Moment) -> Standing {
         if self.plain.load(Ordering::Acquire) {
             return Standing::Eligible { share: 1.0 };
+        }
+        if self.belief.is_out() {
+            return Standing::Out { until: None };
         }
         self.health.lock().standing(policy, now)
     }
@@ -172,7 +180,8 @@ impl Record {
     ) -> Option<Transition> {
         let mut health = self.health.lock();
         let transition = tell(&mut health);
-        self.plain.store(is_plain(health.standing(policy, now)), Ordering::Release);
+        let plain = is_plain(health.standing(policy, now)) && !self.belief.is_out();
+        self.plain.store(plain, Ordering::Release);
         transition
     }
 
@@ -311,6 +320,7 @@ impl Backend {
             trust: Trust::new(),
             foreign: Foreign::default(),
             verify_wanted: Notify::new(),
+            canary_wanted: Notify::new(),
             nudged: Notify::new(),
             arrival,
             breaks: Mutex::default(),
@@ -326,6 +336,11 @@ impl Backend {
     /// Connections of one worker.
     pub fn lane(&self, worker: usize) -> &Arc<Lane> {
         &self.lanes[worker]
+    }
+
+    /// When work of any kind moved here last.
+    pub fn moved_at(&self) -> Moment {
+        self.signs.moved_at()
     }
 
     /// Unfinished attempts.
@@ -505,6 +520,20 @@ impl Backend {
     /// Resolves when a probe on demand was wanted since the last call resolved. For its prober alone.
     pub async fn verify_wanted(&self) {
         self.verify_wanted.notified().await;
+    }
+
+    pub(super) fn want_canary(&self) {
+        self.canary_wanted.notify_one();
+    }
+
+    /// Resolves when it was quarantined since the last call resolved. For its prober alone.
+    pub async fn canary_wanted(&self) {
+        self.canary_wanted.notified().await;
+    }
+
+    /// Its records, the whole one last.
+    pub(super) fn records(&self) -> impl Iterator<Item = Arc<Record>> {
+        self.models().into_iter().map(|(_, record)| record).chain([self.whole.clone()])
     }
 
     /// Resolves when its state has changed since the last call resolved. For its prober alone.

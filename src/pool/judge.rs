@@ -112,7 +112,7 @@ impl Choice {
         self.record.calls()
     }
 
-    fn model_of(&self, record: &Arc<Record>) -> Option<String> {
+    pub(super) fn model_of(&self, record: &Arc<Record>) -> Option<String> {
         let models =
             if Arc::ptr_eq(record, self.backend().whole()) { return None } else { self.backend().models() };
         models.into_iter().find(|(_, r)| Arc::ptr_eq(r, record)).map(|(name, _)| name)
@@ -178,7 +178,10 @@ impl Pool {
         let now = clock::now();
         self.watch_progress(now);
         self.settle(now);
-        self.members.iter().for_each(|member| member.backend.forget_cap(now));
+        self.members.iter().for_each(|member| {
+            member.backend.forget_cap(now);
+            member.backend.records().for_each(|record| record.forget_offences(now));
+        });
         self.state.count_finished(now);
         self.state.tick_lines(now);
         self.state.turn_peak(now);
@@ -390,6 +393,8 @@ impl Pool {
             });
             member.backend.metrics.healthy.set(i64::from(up));
             member.backend.metrics.eligible.set(i64::from(open));
+            let quarantined = member.backend.records().any(|record| record.quarantined_since().is_some());
+            member.backend.metrics.quarantined.set(i64::from(quarantined));
             member.backend.publish_models(&self.config.health, now, open);
             enabled += usize::from(member.backend.admin() == Administrative::Enabled);
             eligible += usize::from(open);

@@ -9,6 +9,7 @@
 //! Runs on the control thread, never on a worker.
 
 mod ask;
+mod canary;
 mod load;
 mod models;
 mod prober;

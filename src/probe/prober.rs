@@ -19,6 +19,7 @@ use crate::policy::health::{Arrival, ProbeVerdict};
 use crate::policy::progress::Verified;
 use crate::pool::{Backend, LastProbe, Member, Place, Pool};
 use crate::probe::ask::{self, Answered, Body, NoAnswer};
+use crate::probe::canary;
 use crate::probe::models::{self, LIST_AGE_MAX, LIST_AGE_MAX_WITHOUT_PROBES, ListAge};
 use crate::probe::verdict;
 use crate::telemetry::Telemetry;
@@ -59,6 +60,7 @@ pub(super) async fn probe_for_good(place: Place) {
         biased;
         () = probe_in_turn(&place) => {}
         () = verify_on_demand(&place) => {}
+        () = canary::sing_for_good(&place) => {}
     }
 }
 

@@ -346,7 +346,7 @@ impl Attempt<'_> {
                 Some(Ok(frame)) => {
                     let Ok(chunk) = frame.into_data() else { continue };
                     any = true;
-                    let fed = stream.feed(chunk, &mut ahead, |_| {});
+                    let fed = stream.feed(chunk, &mut ahead, |_, _| {});
                     if fed.too_large {
                         self.worker.telemetry().metrics.count_limit("event_bytes_max");
                     }

@@ -4,6 +4,7 @@
 //! relay, move on or give up. What to do is decided by `policy::retry`; here it is done. Dropping an exchange (the client has left) drops the
 //! attempt under way and closes its connection.
 
+mod doubt;
 mod turn;
 
 pub(super) use turn::stand_by;
@@ -176,6 +177,9 @@ impl Exchange {
         loop {
             match self.choose().await {
                 Ok(choice) => {
+                    if self.failed.is_some_and(|failed| failed.cause == Cause::Rescued) {
+                        choice.pool.spare(choice.index, choice.in_flight.kind());
+                    }
                     if let Some(turn) = &self.turn {
                         turn.runs_at(choice.backend().id);
                     }

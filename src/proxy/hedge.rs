@@ -77,7 +77,7 @@ struct Raced {
 }
 
 impl Exchange {
-    /// Tries `choice`, and a peer of it when it is late.
+    /// Tries `choice`, and a peer of it when it is late, or its whole answer doubtful.
     pub(super) async fn attempt(&mut self, choice: Choice) -> Tried {
         let movable = self.is_replayable();
         let want = match () {
@@ -109,7 +109,11 @@ impl Exchange {
         };
         watch.keep();
         self.body = body.into_inner();
-        self.settle_race(choice, raced, watch)
+        let tried = self.settle_race(choice, raced, watch);
+        match self.doubtful(&tried.outcome) {
+            None => tried,
+            Some(unit) => Box::pin(self.ask_about(tried, unit)).await,
+        }
     }
 
     /// Runs `first` to its end; beside it, once it is late, a second attempt with the same `body`.
@@ -329,7 +333,7 @@ impl Exchange {
     }
 
     /// An attempt that failed beside another: its judge learns of it, and it is not tried again.
-    fn learn_aside(&mut self, failed: &Tried) {
+    pub(super) fn learn_aside(&mut self, failed: &Tried) {
         let verdict = verdict(&failed.outcome.facts);
         self.learn(&failed.choice, &failed.outcome, verdict, Next::Failover);
         self.history.add(&failed.outcome.facts);

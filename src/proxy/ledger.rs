@@ -45,7 +45,7 @@ pub(super) struct Ledger {
 pub(super) struct Entry {
     /// Where it went.
     pub backend: Arc<Backend>,
-    /// `first`, `retry`, `failover`, `hedge`, `fallback` or `resume`.
+    /// `first`, `retry`, `failover`, `hedge`, `fallback`, `resume` or `opinion`.
     pub role: &'static str,
     /// What became of it.
     pub outcome: AttemptOutcome,

@@ -14,6 +14,7 @@ mod inquest;
 mod ledger;
 mod leg;
 mod models;
+mod opinion;
 mod relay;
 mod replay_body;
 mod respond;
@@ -248,6 +249,6 @@ mod sizes {
     #[test]
     fn what_is_moved_for_each_request_stays_small() {
         let sizes = (of(Worker::answer), of_one(Exchange::run));
-        assert!(sizes.0 <= 2816 && sizes.1 <= 704, "{sizes:?}");
+        assert!(sizes.0 <= 2872 && sizes.1 <= 744, "{sizes:?}");
     }
 }

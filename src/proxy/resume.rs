@@ -15,18 +15,19 @@ use smallvec::SmallVec;
 
 use crate::clock;
 use crate::policy::dialect::ErrorClass;
-use crate::policy::health::Observation;
+use crate::policy::health::{Observation, Standing};
 use crate::policy::moves::MOVES_MAX;
 use crate::policy::poison;
 use crate::policy::resume::{Plan, Refused, Splice};
 use crate::policy::retry::{Cause, Facts, Phase, Verdict, verdict};
-use crate::pool::{About, BackendId, Choice, Wanted};
+use crate::pool::{About, BackendId, Canary, Choice, Nobody, Wanted};
 use crate::proxy::admit::Asked;
 use crate::proxy::attempt::{Answer, Attempt, Outcome};
 use crate::proxy::hedge::Tried;
 use crate::proxy::inquest::Inquest;
 use crate::proxy::ledger::Entry;
 use crate::proxy::leg::Leg;
+use crate::proxy::opinion;
 use crate::proxy::replay_body::ReplayBody;
 use crate::proxy::watch::Watch;
 use crate::proxy::worker::{Held, Worker};
@@ -96,6 +97,17 @@ struct Looked {
     /// How long may be waited for a backend that has room.
     wait: Duration,
 }
+
+/// What came of asking a peer for a second opinion.
+pub(super) struct Heard {
+    /// A stream whose first token is here.
+    pub(super) leg: Option<Box<Tried>>,
+    /// An attempt that came to nothing, as it is written down.
+    pub(super) failed: Option<Entry>,
+}
+
+/// A peer that is being asked.
+pub(super) type Asking = Pin<Box<dyn Future<Output = Heard> + Send>>;
 
 /// How the relay goes on.
 pub(super) enum Next {
@@ -298,6 +310,38 @@ impl Resumer {
         }
     }
 
+    /// Asks a peer of `backend` to go on from what is in `splice`; none where it cannot be done or afforded. So many
+    /// `attempts` were made before.
+    pub(super) fn ask_peer(
+        &mut self,
+        splice: &mut Splice,
+        backend: BackendId,
+        attempts: u8,
+    ) -> Option<(Plan, Asking)> {
+        let Request { leg, body, .. } = &*self.request;
+        let plan = splice.plan(leg.pool.config.probe.page.preset, body).ok()?;
+        if !leg.pool.state.may_retry(&leg.policy, false) {
+            return None;
+        }
+        let mut tried = self.broke.clone();
+        tried.push(backend);
+        let hearing = hear(self.request.clone(), plan.clone(), tried, u32::from(attempts) + 1);
+        Some((plan, Box::pin(hearing)))
+    }
+
+    /// The stream goes on with a peer's leg, of this `plan`, instead of what `backend` said.
+    pub(super) fn adopt(&mut self, splice: Splice, plan: Plan, backend: BackendId) {
+        self.splice = splice;
+        self.plan = Some(plan);
+        self.broke.push(backend);
+    }
+
+    /// What the canary of a backend that said something degenerate asks for.
+    pub(super) fn canary(&self) -> Canary {
+        let leg = &self.request.leg;
+        Canary { path: leg.path.path().to_owned(), model: leg.model.clone() }
+    }
+
     /// The name of the way taken last.
     pub(super) fn strategy(&self) -> &'static str {
         self.plan.as_ref().map_or("", |plan| plan.strategy.name())
@@ -335,7 +379,7 @@ async fn search(
     let body = plan.body.map_or_else(|| request.body.clone(), Bytes::from);
     let mut tried = broke;
     for number in 1..=u32::from(leg.policy.attempts_max) {
-        let Some(choice) = choose(&request, &mut leg, &tried, wait).await else { break };
+        let Some(choice) = choose(&request, &mut leg, &mut tried, wait).await else { break };
         tried.push(choice.backend().id);
         let mut watch = Watch::new(request.worker.alarms.alarm(), leg.total);
         let attempt = Attempt {
@@ -377,9 +421,78 @@ async fn search(
     found
 }
 
-/// The backend of the next leg: not one that broke it, rather one that has just shown life. Waited for as any is.
-async fn choose(request: &Request, leg: &mut Leg, tried: &[BackendId], wait: Duration) -> Option<Choice> {
-    let until = clock::now() + wait;
+/// Asks one peer, once: who cannot answer has no opinion.
+async fn hear(request: Arc<Request>, plan: Plan, tried: SmallVec<[BackendId; 4]>, number: u32) -> Heard {
+    let nobody = Heard { leg: None, failed: None };
+    let mut leg = request.leg.clone();
+    if let Some(path) = plan.path.and_then(|path| path.parse().ok()) {
+        leg.path = path;
+    }
+    let body = plan.body.map_or_else(|| request.body.clone(), Bytes::from);
+    let Some(choice) = choose_witness(&request.worker, &leg, &request.asked, tried) else { return nobody };
+    let mut watch = Watch::new(request.worker.alarms.alarm(), leg.total);
+    let attempt = Attempt {
+        worker: &request.worker,
+        asked: &request.asked,
+        leg: &leg,
+        choice: &choice,
+        number,
+        want: Want::Any,
+        movable: true,
+        watch: &mut watch,
+    };
+    let outcome = attempt.run(|| OutBody::Whole(Some(body))).await;
+    watch.keep();
+    let judged = verdict(&outcome.facts);
+    teach(&request, &choice, &outcome, judged);
+    if judged == Verdict::Success && matches!(outcome.answer, Some(Answer::Tokens { .. })) {
+        return Heard { leg: Some(Box::new(Tried { choice, outcome, watch })), failed: None };
+    }
+    let entry = Entry { role: opinion::ROLE, ..failed_entry(&choice, &outcome, judged) };
+    Heard { failed: Some(entry), ..nobody }
+}
+
+/// A peer to ask for its opinion: in service, and rather one that was not overruled itself.
+pub(super) fn choose_witness(
+    worker: &Worker,
+    leg: &Leg,
+    asked: &Asked,
+    mut tried: SmallVec<[BackendId; 4]>,
+) -> Option<Choice> {
+    let model = leg.pool.judged_model(leg.model.as_deref());
+    for _ in 0..leg.pool.members.len() {
+        let wanted = Wanted {
+            tried: &tried,
+            class: asked.class,
+            model,
+            affinity: leg.affinity,
+            prompt_bytes: asked.prompt_bytes,
+            only: None,
+            proven_since: Some(clock::now() - LIVELY),
+            replayable: false,
+            paid: true,
+        };
+        let choice = worker.with_rng(|rng| leg.pool.pick(&wanted, rng)).ok()?;
+        let standing = leg.pool.standing(choice.index, model, clock::now());
+        if matches!(standing, Standing::Eligible { .. }) && !choice.record.is_wary() {
+            return Some(choice);
+        }
+        tried.push(choice.backend().id);
+    }
+    None
+}
+
+/// The backend of the next leg: rather one that has just shown life, and one that was not tried. Waited for as any is;
+/// where all were tried, one that has spoken to somebody since may be asked again, after half of the wait: what has
+/// just broken a stream is seldom well at once.
+async fn choose(
+    request: &Request,
+    leg: &mut Leg,
+    tried: &mut SmallVec<[BackendId; 4]>,
+    wait: Duration,
+) -> Option<Choice> {
+    let began = clock::now();
+    let until = began + wait;
     loop {
         // The configuration may have changed since the stream began; that may be why it has to move.
         if let Some(pool) = request.worker.directory.look().pool(&leg.pool.config.name) {
@@ -396,10 +509,20 @@ async fn choose(request: &Request, leg: &mut Leg, tried: &[BackendId], wait: Dur
             replayable: false,
             paid: true,
         };
-        match request.worker.with_rng(|rng| leg.pool.pick(&wanted, rng)) {
+        let nobody = match request.worker.with_rng(|rng| leg.pool.pick(&wanted, rng)) {
             Ok(choice) => return Some(choice),
-            Err(_nobody) if clock::now() < until => tokio::time::sleep(LOOK).await,
-            Err(_nobody) => return None,
+            Err(nobody) => nobody,
+        };
+        if clock::now() >= until {
+            return None;
+        }
+        tokio::time::sleep(LOOK).await;
+        if nobody == Nobody::AllTried && clock::now() >= began + wait / 2 {
+            let returned = |id: BackendId| {
+                let member = leg.pool.members.iter().find(|member| member.backend.id == id);
+                member.is_some_and(|member| member.backend.moved_at() > began)
+            };
+            tried.retain(|id| !returned(*id));
         }
     }
 }

@@ -8,6 +8,7 @@
 //! (`moves.rs`, as for streams at a backend that is on its way out).
 
 mod moves;
+mod second;
 
 use std::collections::VecDeque;
 use std::ops::ControlFlow;
@@ -21,19 +22,20 @@ use crate::clock;
 use crate::policy::Moment;
 use crate::policy::dialect::{Dialect, Endpoint};
 use crate::policy::health::Standing;
-use crate::policy::resume::Abandon;
+use crate::policy::resume::{Abandon, NotArmed};
 use crate::policy::retry::{Cause, Facts, Phase};
 use crate::pool::{Backend, Choice};
 use crate::proxy::attempt::{Answer, Outcome, cut};
 use crate::proxy::hedge::Tried;
 use crate::proxy::ledger::Entry;
+use crate::proxy::opinion::{Opinions, Over};
 use crate::proxy::relay::Serving;
 use crate::proxy::respond::{Refusal, last_event};
 use crate::proxy::resume::{self, Next, Resumer};
 use crate::proxy::sse_relay::moves::{Move, Stay};
 use crate::proxy::token_stream::{Ending, Fault, TokenStream};
 use crate::proxy::watch::{Stage, Watch};
-use crate::sse::Decoder;
+use crate::sse::{Decoder, Event, Lines};
 use crate::telemetry::events::StreamResumed;
 use crate::telemetry::metrics::{AttemptOutcome, End};
 use crate::upstream::InBody;
@@ -52,6 +54,8 @@ pub(super) struct EventRelay {
     gaps: Gaps,
     /// None where the stream cannot be resumed.
     resume: Option<Box<Resumer>>,
+    /// Watches the first leg for one token said over and over; none where nobody could be asked about it.
+    opinions: Option<Box<Opinions>>,
     /// What the splice has written of the leg under way; none for the first leg.
     spliced: Option<Spliced>,
     /// A leg has broken for this reason, and another is being looked for.
@@ -65,19 +69,19 @@ pub(super) struct EventRelay {
 }
 
 /// A leg that speaks, ready to be relayed.
-struct NextLeg {
-    choice: Choice,
+pub(super) struct NextLeg {
+    pub(super) choice: Choice,
     watch: Watch,
-    stream: Box<TokenStream>,
-    body: Option<InBody>,
-    reused: bool,
-    first_byte: Option<Duration>,
-    started: Moment,
+    pub(super) stream: Box<TokenStream>,
+    pub(super) body: Option<InBody>,
+    pub(super) reused: bool,
+    pub(super) first_byte: Option<Duration>,
+    pub(super) started: Moment,
 }
 
 impl NextLeg {
     /// And what it has said so far.
-    fn of(Tried { choice, outcome, watch }: Tried) -> Option<(Self, VecDeque<Bytes>)> {
+    pub(super) fn of(Tried { choice, outcome, watch }: Tried) -> Option<(Self, VecDeque<Bytes>)> {
         let Outcome { facts, answer, first_byte, started } = *outcome;
         let Some(Answer::Tokens { ahead, stream, body, .. }) = answer else { return None };
         Some((Self { choice, watch, stream, body, reused: facts.reused, first_byte, started }, ahead))
@@ -144,6 +148,9 @@ impl EventRelay {
         resume: Option<Box<Resumer>>,
     ) -> Self {
         let (gaps, spliced, broken, moving) = (Gaps::default(), None, None, None);
+        // It reads OpenAI's events, and no others.
+        let is_read = matches!(endpoint, Endpoint::ChatCompletions | Endpoint::Completions);
+        let opinions = resume.as_ref().filter(|_| is_read).and_then(|_| Opinions::of(&serving.choice.pool));
         let mut relay = Self {
             ahead,
             body,
@@ -154,6 +161,7 @@ impl EventRelay {
             clocks,
             gaps,
             resume,
+            opinions,
             spliced,
             broken,
             moving,
@@ -163,7 +171,7 @@ impl EventRelay {
         };
         relay.note_ahead();
         relay.begin_leg();
-        if relay.body.is_none() {
+        if relay.body.is_none() && !relay.defers(Over::Ended(Ok(()))) {
             relay.serving.complete();
         }
         relay
@@ -180,15 +188,33 @@ impl EventRelay {
     /// Events that came before the gate are the client's, too.
     fn note_ahead(&mut self) {
         let Some(resume) = &mut self.resume else { return };
-        let (mut decoder, mut room) = (Decoder::new(usize::MAX), true);
-        for chunk in &self.ahead {
-            // The gate holds whole events, and no more of them than it may.
-            let _ = decoder.feed(chunk, |event| {
-                room &= resume.observe(event.data);
-                ControlFlow::Continue(())
-            });
+        if resume.splice.is_lines() != self.stream.is_lines() {
+            self.serving.choice.pool.state.metrics.count_not_armed(NotArmed::Endpoint.name());
+            (self.resume, self.opinions) = (None, None);
+            return;
         }
-        self.resume = self.resume.take().filter(|_| room);
+        if let Some(opinions) = &mut self.opinions {
+            let wary = self.serving.choice.record.is_wary();
+            let (room, ask) = opinions.feed_ahead(self.endpoint, &mut self.ahead, resume, wary);
+            return self.keep_watching(room, ask);
+        }
+        let mut room = true;
+        // The gate holds whole events, and no more of them than it may.
+        let mut note = |event: Event<'_>| {
+            room &= !event.has_data || resume.observe(event.data);
+            ControlFlow::Continue(())
+        };
+        let (mut decoder, mut lines) = (Decoder::new(usize::MAX), Lines::new(usize::MAX));
+        for chunk in &self.ahead {
+            let _ = match self.stream.is_lines() {
+                true => lines.feed(chunk, &mut note),
+                false => decoder.feed(chunk, &mut note),
+            };
+        }
+        if !room {
+            self.serving.ledger.worker().telemetry().metrics.count_limit("memory_max");
+            self.resume = None;
+        }
     }
 
     /// The next bytes; `None` is the end.
@@ -198,14 +224,22 @@ impl EventRelay {
                 self.serving.ledger.sent(chunk.len());
                 return Poll::Ready(Some(chunk));
             }
+            if self.poll_opinion(cx).is_ready() {
+                continue;
+            }
             if let Some(cause) = self.broken {
                 match self.poll_next_leg(cx, cause) {
                     Poll::Ready(()) => continue,
                     Poll::Pending => return Poll::Pending,
                 }
             }
-            let is_still = self.is_still();
-            let Some(body) = &mut self.body else { return Poll::Ready(None) };
+            // What is held is enough to be asked about.
+            let is_full = self.opinions.as_ref().is_some_and(|opinions| opinions.is_full());
+            let is_still = is_full || self.is_still();
+            let Some(body) = &mut self.body else {
+                let held = self.opinions.as_ref().is_some_and(|opinions| opinions.is_holding());
+                return if held { Poll::Pending } else { Poll::Ready(None) };
+            };
             match if is_still { Poll::Pending } else { body.poll_frame(cx) } {
                 Poll::Ready(Some(Ok(frame))) => {
                     if let Ok(chunk) = frame.into_data() {
@@ -235,14 +269,25 @@ impl EventRelay {
         let mut raw = VecDeque::new();
         let first = self.spliced.is_none();
         let out = if first { &mut self.ahead } else { &mut raw };
-        let (mut resume, mut room) = (self.resume.as_mut().filter(|_| first), true);
-        let fed = self.stream.feed(chunk, out, |data| {
-            if let Some(resume) = &mut resume {
-                room &= resume.observe(data);
-            }
-        });
+        let (mut resume, mut room, mut ask) = (self.resume.as_mut().filter(|_| first), true, false);
+        let fed = if let (Some(resume), Some(opinions)) = (&mut resume, &mut self.opinions) {
+            let wary = self.serving.choice.record.is_wary();
+            let fed;
+            (fed, room, ask) = opinions.feed(&mut self.stream, chunk, out, resume, wary);
+            fed
+        } else {
+            self.stream.feed(chunk, out, |event, _| {
+                // A comment tells the client nothing.
+                if let Some(resume) = resume.as_mut().filter(|_| event.has_data) {
+                    room &= resume.observe(event.data);
+                }
+            })
+        };
         if fed.any {
             self.moved(clock::now());
+        }
+        if first {
+            self.keep_watching(room && !fed.too_large, ask);
         }
         if fed.too_large || !room {
             let limit = if room { "event_bytes_max" } else { "memory_max" };
@@ -386,6 +431,8 @@ impl EventRelay {
             first_byte,
             lasted: None,
         });
+        // What a late peer says is about the leg before.
+        self.opinions = None;
         let from = Some(self.serving.choice.backend().clone());
         self.serving.take_over(choice, watch, started);
         (self.stream, self.body) = (stream, body);
@@ -452,6 +499,10 @@ impl EventRelay {
     }
 
     fn end(&mut self, clean: Result<(), Cause>) {
+        if self.defers(Over::Ended(clean)) {
+            self.body = None;
+            return;
+        }
         self.serving.choice.in_flight.rests();
         if self.gaps.events >= STRETCH_MIN {
             self.learn_gaps(clock::now());
@@ -489,6 +540,9 @@ impl EventRelay {
     /// The connection is closed at once; the client gets what completes its answer, or another leg, or the error.
     fn broke(&mut self, cause: Cause) {
         self.body = None;
+        if self.defers(Over::Broke(cause)) {
+            return;
+        }
         self.serving.choice.in_flight.rests();
         let whole = match &self.spliced {
             None => self.stream.is_complete(),

@@ -9,9 +9,12 @@ use std::ops::ControlFlow;
 
 use bytes::Bytes;
 
-use crate::policy::dialect::{Endpoint, EventReader, Finish, StreamProgress};
+use crate::policy::dialect::{Endpoint, EventFacts, EventReader, Finish, StreamProgress};
 use crate::policy::retry::Cause;
 use crate::sse::{Decoder, Event, Lines, TooLarge, write_event};
+
+/// An event with nothing but data has no more bytes around it: `data: `, two CRLF, and a space before one of them.
+const FRAME_BYTES: usize = 11;
 
 /// The reader of one answer.
 pub(super) struct TokenStream {
@@ -76,6 +79,11 @@ impl TokenStream {
         }
     }
 
+    /// Events are told by lines.
+    pub(super) fn is_lines(&self) -> bool {
+        matches!(self.framing, Framing::Lines(_))
+    }
+
     /// Every choice has ended well: what may still come is usage and the terminator.
     pub(super) fn is_complete(&self) -> bool {
         self.progress.complete()
@@ -86,12 +94,12 @@ impl TokenStream {
         self.sequence
     }
 
-    /// Reads a chunk; what may be forwarded is appended to `out`, and the data of each such event given to `note`.
+    /// Reads a chunk; what may be forwarded is appended to `out`, and each such event given to `note`, comments too.
     pub(super) fn feed(
         &mut self,
         chunk: Bytes,
         out: &mut VecDeque<Bytes>,
-        mut note: impl FnMut(&[u8]),
+        mut note: impl FnMut(&Event<'_>, &EventFacts),
     ) -> Fed {
         let mut fed = Fed::default();
         if self.opaque {
@@ -105,11 +113,11 @@ impl TokenStream {
         let on_event = |event: Event<'_>| {
             fed.any = true;
             match judge(&event, reader, progress, sequence, *endpoint, &mut fed.meaningful) {
-                None => {
-                    note(event.data);
+                Ok(facts) => {
+                    note(&event, &facts);
                     ControlFlow::Continue(())
                 }
-                Some(cause) => {
+                Err(cause) => {
                     let said = event.error_field.unwrap_or(event.data);
                     fed.broken = Some(Fault { cause, said: Bytes::copy_from_slice(said) });
                     cut = Some((event.start, event.is_carried()));
@@ -162,9 +170,7 @@ impl TokenStream {
         if !self.progress.whole_at_end(self.endpoint, clean.is_ok()) {
             return Ending::Broken(clean.err().unwrap_or(Cause::EndedEarly));
         }
-        if clean.is_err() {
-            self.write_terminator(&mut rest);
-        }
+        self.write_terminator(&mut rest);
         Ending::Whole(rest.into())
     }
 
@@ -185,14 +191,14 @@ impl TokenStream {
         let event = event?;
         let complete = progress.complete();
         match judge(&event, reader, progress, sequence, *endpoint, &mut false) {
-            None => {
+            Ok(_) => {
                 rest.extend_from_slice(event.raw);
                 rest.extend_from_slice(end);
                 None
             }
             // Half an event behind the finish is nothing the client misses.
-            Some(_) if complete => None,
-            Some(cause) => Some(cause),
+            Err(_) if complete => None,
+            Err(cause) => Some(cause),
         }
     }
 
@@ -227,7 +233,7 @@ impl Framing {
     }
 }
 
-/// Takes note of one event; the reason if it must not be forwarded.
+/// Takes note of one event and says what it holds; the reason if it must not be forwarded.
 fn judge(
     event: &Event<'_>,
     reader: &mut EventReader,
@@ -235,24 +241,29 @@ fn judge(
     sequence: &mut u64,
     endpoint: Endpoint,
     meaningful: &mut bool,
-) -> Option<Cause> {
-    let Ok(facts) = reader.read(event) else { return Some(Cause::InvalidEvent) };
+) -> Result<EventFacts, Cause> {
+    // What stands around the data is passed on unread, and client libraries decode all of it.
+    let around = event.raw.len() - event.data.len();
+    if around > FRAME_BYTES && std::str::from_utf8(event.raw).is_err() {
+        return Err(Cause::InvalidEvent);
+    }
+    let facts = reader.read(event).map_err(|_| Cause::InvalidEvent)?;
     progress.observe(&facts);
     if let Some(class) = facts.error {
-        return Some(Cause::ErrorInside(class));
+        return Err(Cause::ErrorInside(class));
     }
     if progress.failure().is_some() && facts.finish.is_some_and(|finish| !Finish::is_good(finish)) {
-        return Some(Cause::AbortFinish);
+        return Err(Cause::AbortFinish);
     }
     if facts.done && !progress.whole_at_end(endpoint, true) {
-        return Some(Cause::EndedEarly);
+        return Err(Cause::EndedEarly);
     }
     // Only what the client sees is counted: the error that may follow continues there.
     if let Some(seen) = facts.sequence {
         *sequence = seen + 1;
     }
     *meaningful |= facts.meaningful || facts.finish.is_some();
-    None
+    Ok(facts)
 }
 
 fn push(out: &mut VecDeque<Bytes>, bytes: Bytes) {
@@ -278,7 +289,7 @@ mod tests {
         let split = split.min(wire.len());
         let mut broken = None;
         for part in [&wire[..split], &wire[split..]] {
-            let fed = stream.feed(Bytes::copy_from_slice(part.as_bytes()), &mut out, |_| {});
+            let fed = stream.feed(Bytes::copy_from_slice(part.as_bytes()), &mut out, |_, _| {});
             if let Some(fault) = fed.broken {
                 broken = Some(fault.cause.name());
                 break;
@@ -314,8 +325,15 @@ mod tests {
             (TOKEN.to_owned(), true, TOKEN.to_owned(), "ended_early"),
             (format!("{TOKEN}{ERROR}{DONE}"), true, TOKEN.to_owned(), "error_event"),
             (format!("{TOKEN}data: {{nonsense\n\n"), true, TOKEN.to_owned(), "invalid_event"),
+            (
+                format!("{TOKEN}: a comment\n\n{TOKEN}"),
+                false,
+                format!("{TOKEN}: a comment\n\n{TOKEN}"),
+                "truncated",
+            ),
             // The tail is completed locally.
             (format!("{TOKEN}{FINISH}"), false, whole.clone(), "ok"),
+            (format!("{TOKEN}{FINISH}"), true, whole.clone(), "ok"),
             (format!("{TOKEN}{FINISH}data: [DO"), false, whole.clone(), "ok"),
             (format!("{TOKEN}{FINISH}{ERROR}"), true, whole.clone(), "ok"),
             (
@@ -331,6 +349,24 @@ mod tests {
         }
     }
 
+    #[test]
+    fn bytes_that_are_no_text_are_not_passed_on_wherever_they_stand() {
+        for bad in [
+            &b"\xff\xfe garbage\n\n"[..],
+            b": \xff comment \xff\n\n",
+            b"event: \xff\xff\xffname\ndata: {}\n\n",
+        ] {
+            let mut stream = TokenStream::new(Endpoint::ChatCompletions, 1, false, 1 << 20);
+            let mut out = VecDeque::new();
+            let mut notes = 0;
+            let wire = [TOKEN.as_bytes(), b": beat\n\n", bad].concat();
+            let fed = stream.feed(wire.into(), &mut out, |event, _| notes += usize::from(event.has_data));
+            assert_eq!(fed.broken.map(|fault| fault.cause), Some(Cause::InvalidEvent), "{bad:?}");
+            assert_eq!(out.iter().map(Bytes::len).sum::<usize>(), TOKEN.len() + 8);
+            assert_eq!(notes, 1, "a comment has nothing to note");
+        }
+    }
+
     proptest! {
         #[test]
         fn an_event_too_large_to_read_is_passed_on_whole(split in 0usize..400, size in 100usize..300) {
@@ -339,7 +375,7 @@ mod tests {
             let mut out = VecDeque::new();
             let split = split.min(wire.len());
             for part in [&wire[..split], &wire[split..]] {
-                let fed = stream.feed(Bytes::copy_from_slice(part.as_bytes()), &mut out, |_| {});
+                let fed = stream.feed(Bytes::copy_from_slice(part.as_bytes()), &mut out, |_, _| {});
                 prop_assert!(fed.broken.is_none());
             }
             let sent: Vec<u8> = out.into_iter().flatten().collect();

@@ -88,7 +88,7 @@ impl std::error::Error for TooLarge {}
 /// assert_eq!(seen, [b"one".to_vec()]);
 /// assert_eq!(decoder.pending(), b"data: tw");
 /// ```
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Decoder {
     bytes_max: usize,
     /// Bytes of the incomplete block, from its first byte.
@@ -181,15 +181,9 @@ impl Decoder {
             }
         }
         loop {
-            if self.after_cr {
-                match chunk.get(at) {
-                    None => return Ok(at),
-                    Some(b'\n') => at += 1,
-                    Some(_) => {}
-                }
-                self.after_cr = false;
-            }
             let rest = &chunk[at..];
+            // Of a block that is complete: its LF, if it comes, reads as an empty line, which says nothing.
+            self.after_cr &= rest.is_empty();
             let Some(len) = self.scan(rest) else {
                 if rest.len() > self.bytes_max {
                     return Err(self.too_large(at));
@@ -244,9 +238,7 @@ impl Decoder {
             return None;
         }
         let mut block = mem::take(&mut self.block);
-        if block.line_start < self.pending.len() {
-            block.take_line(&self.pending, self.pending.len(), &mut self.at_start);
-        }
+        block.take_line(&self.pending, self.pending.len(), &mut self.at_start);
         clear(&mut self.carried);
         mem::swap(&mut self.pending, &mut self.carried);
         Some(event_of(block, &self.carried, 0..0, &mut self.joined))
@@ -435,13 +427,11 @@ fn join_data(first: Span, raw: &[u8], joined: &mut Vec<u8>) {
         block.line_start = line_end + 1;
     }
     // `finish` may meet a last line without an end.
-    if block.line_start < raw.len() {
-        block.data = None;
-        block.take_line(raw, raw.len(), &mut false);
-        if let Some(span) = block.data {
-            joined.push(b'\n');
-            joined.extend_from_slice(span.of(raw));
-        }
+    block.data = None;
+    block.take_line(raw, raw.len(), &mut false);
+    if let Some(span) = block.data {
+        joined.push(b'\n');
+        joined.extend_from_slice(span.of(raw));
     }
 }
 
@@ -612,6 +602,27 @@ mod tests {
         "data: cut\r",
         "data: \u{1f600}\n\n",
     ];
+
+    #[test]
+    fn what_is_kept_can_be_moved_out_once() {
+        let mut decoder = Decoder::new(100);
+        let go_on = |_: Event<'_>| ControlFlow::Continue(());
+        assert_eq!(decoder.feed(b"data: o", go_on), Ok(0));
+        assert_eq!(decoder.feed(b"ne\n\ndata: tw", go_on), Ok(4));
+        assert_eq!(decoder.take_carried(), b"data: o");
+        assert_eq!(decoder.take_carried(), b"");
+        assert_eq!(decoder.take_pending(), b"data: tw");
+        assert_eq!(decoder.take_pending(), b"");
+        // What was taken is forgotten: here a new block begins.
+        let mut seen = Vec::new();
+        let whole = decoder.feed(b"data: x\n\n", |event| {
+            seen.push(event.data.to_vec());
+            ControlFlow::Continue(())
+        });
+        assert_eq!((whole, seen), (Ok(9), vec![b"x".to_vec()]));
+        let too_large = decoder.feed(&[b'a'; 101], go_on).unwrap_err();
+        assert_eq!(too_large.to_string(), "an event of the stream is larger than 100 bytes");
+    }
 
     #[test]
     fn shapes_on_the_wire_read_like_the_standard_says_at_every_cut() {

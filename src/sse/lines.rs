@@ -12,7 +12,7 @@ use super::{Event, TooLarge};
 
 /// The decoder of one stream of lines. Each non-empty line is an [`Event`] whose `data` is the line
 /// without its LF or CRLF. A CR alone does not end a line: it is white space in JSON.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Lines {
     bytes_max: usize,
     pending: Vec<u8>,
@@ -140,6 +140,35 @@ mod tests {
             assert_eq!([&forwarded[..], lines.pending()].concat(), &input[..at]);
         }
         (seen, false)
+    }
+
+    #[test]
+    fn what_is_kept_can_be_moved_out_once() {
+        let mut lines = Lines::new(100);
+        let go_on = |_: Event<'_>| ControlFlow::Continue(());
+        assert_eq!(lines.feed(b"{\"a\"", go_on), Ok(0));
+        assert_eq!(lines.feed(b":1}\n{\"b", go_on), Ok(4));
+        assert_eq!((lines.take_carried(), lines.take_carried()), (b"{\"a\"".to_vec(), vec![]));
+        assert_eq!((lines.take_pending(), lines.take_pending()), (b"{\"b".to_vec(), vec![]));
+    }
+
+    #[test]
+    fn a_line_may_be_as_long_as_the_bound_and_no_longer() {
+        let go_on = |_: Event<'_>| ControlFlow::Continue(());
+        for (before, chunk, fits) in [
+            (&b""[..], &b"1234\n"[..], true),
+            (b"", b"12345\n", false),
+            (b"12", b"34\n", true),
+            (b"12", b"345\n", false),
+            (b"", b"12345", true),
+            (b"", b"123456", false),
+            (b"12", b"345", true),
+            (b"12", b"3456", false),
+        ] {
+            let mut lines = Lines::new(5);
+            assert_eq!(lines.feed(before, go_on), Ok(0));
+            assert_eq!(lines.feed(chunk, go_on).is_ok(), fits, "{before:?} {chunk:?}");
+        }
     }
 
     #[test]

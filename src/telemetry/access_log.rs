@@ -74,7 +74,7 @@ pub struct AttemptRecord<'a> {
     pub pool: &'a str,
     /// Where it went.
     pub backend: &'a str,
-    /// Why there was one: `first`, `retry`, `failover`, `fallback`, `hedge`, `resume`.
+    /// Why there was one: `first`, `retry`, `failover`, `fallback`, `hedge`, `resume`, `opinion`.
     pub role: &'a str,
     /// What became of it.
     pub outcome: AttemptOutcome,

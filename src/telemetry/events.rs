@@ -549,6 +549,32 @@ impl StreamResumed<'_> {
     }
 }
 
+/// A backend said one token over and over, and a peer said something else.
+#[derive(Clone, Copy)]
+pub struct OutputDisputed<'a> {
+    /// The backend.
+    pub at: &'a BackendMetrics,
+    /// The request's `x-request-id`.
+    pub request_id: &'a str,
+    /// Who was asked.
+    pub peer: &'a str,
+    /// Whether the client got the peer's answer.
+    pub replaced: bool,
+}
+
+impl OutputDisputed<'_> {
+    /// Logs, counts, remembers. A few, then the backend is quarantined.
+    pub fn emit(&self, telemetry: &Telemetry) {
+        let Self { request_id, peer, replaced, .. } = *self;
+        let name = if replaced { "replaced" } else { "disputed" };
+        let whose = if replaced { "the client gets that" } else { "too late for the client" };
+        Notice::new(Severity::Warn, "output_disputed").at(self.at).named(name).tell(
+            telemetry,
+            &format_args!("{request_id}: it repeats one token, {peer} says something else; {whose}"),
+        );
+    }
+}
+
 /// A new configuration is in force.
 #[derive(Clone, Copy)]
 pub struct ReloadApplied<'a> {

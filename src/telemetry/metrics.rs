@@ -283,6 +283,7 @@ struct PoolFamilies {
     budget_empty: Family<IntCounter>,
     hedges: Family<IntCounter>,
     resumes: Family<IntCounter>,
+    opinions: Family<IntCounter>,
     not_armed: Family<IntCounter>,
     moves: Family<IntCounter>,
     fallbacks: Family<IntCounter>,
@@ -305,6 +306,8 @@ struct BackendFamilies {
     connections_open: Family<IntGauge>,
     healthy: Family<IntGauge>,
     eligible: Family<IntGauge>,
+    quarantined: Family<IntGauge>,
+    offences: Family<IntCounter>,
     compressed: Family<IntCounter>,
     model_attempts: Family<IntCounter>,
     model_faults: Family<IntCounter>,
@@ -452,6 +455,12 @@ impl Metrics {
                     "Broken streams, by whether they were continued.",
                     &["pool", "result"],
                 ),
+                opinions: counters(
+                    &r,
+                    "second_opinions_total",
+                    "Peers asked because a backend repeated one token, by what came of it.",
+                    &["pool", "result"],
+                ),
                 not_armed: counters(
                     &r,
                     "streams_not_armed_total",
@@ -555,6 +564,18 @@ impl Metrics {
                     &r,
                     "backend_eligible",
                     "1 while it may receive a new attempt.",
+                    pool_backend,
+                ),
+                quarantined: gauges(
+                    &r,
+                    "backend_quarantined",
+                    "1 while it is kept from work because its peers overruled its output.",
+                    pool_backend,
+                ),
+                offences: counters(
+                    &r,
+                    "offences_total",
+                    "Runs of one token that a peer did not repeat.",
                     pool_backend,
                 ),
                 compressed: counters(
@@ -691,6 +712,8 @@ impl Metrics {
             connections_open: families.connections_open.get(labels),
             healthy: families.healthy.get(labels),
             eligible: families.eligible.get(labels),
+            quarantined: families.quarantined.get(labels),
+            offences: families.offences.get(labels),
             compressed: families.compressed.get(labels),
             models: Mutex::default(),
             pool: pool.to_owned(),
@@ -915,6 +938,11 @@ impl PoolMetrics {
         self.families.pool.not_armed.get(&[&self.pool, reason]).inc();
     }
 
+    /// Counts a peer that was asked about a run of one token: `repeated`, `replaced`, `disputed`, `none`.
+    pub fn count_opinion(&self, result: &'static str) {
+        self.families.pool.opinions.get(&[&self.pool, result]).inc();
+    }
+
     /// Counts a stream that was to move, make before break: `moved`, `kept` where the old leg spoke or ended first, or
     /// why it could not.
     pub fn count_move(&self, cause: &'static str, result: &'static str) {
@@ -949,6 +977,10 @@ pub struct BackendMetrics {
     pub healthy: IntGauge,
     /// 1 while it may receive a new attempt.
     pub eligible: IntGauge,
+    /// 1 while it is in quarantine.
+    pub quarantined: IntGauge,
+    /// Runs of one token that a peer did not repeat.
+    pub offences: IntCounter,
     pub(super) compressed: IntCounter,
     /// Models with a label, at most [`MODELS_MAX`] and `other`.
     models: Mutex<HashMap<String, Arc<ModelMetrics>>>,
@@ -1121,6 +1153,8 @@ impl BackendFamilies {
             connections_open,
             healthy,
             eligible,
+            quarantined,
+            offences,
             compressed,
             model_attempts,
             model_faults,
@@ -1138,13 +1172,14 @@ impl BackendFamilies {
             probes,
             connections_opened,
             connections_reused,
+            offences,
             compressed,
             model_attempts,
             model_faults,
         ] {
             family.retain(keep);
         }
-        for family in [in_flight, cap, connections_open, healthy, eligible, model_eligible] {
+        for family in [in_flight, cap, connections_open, healthy, eligible, quarantined, model_eligible] {
             family.retain(keep);
         }
         for family in [reported_running, reported_waiting, foreign_requests] {
@@ -1172,11 +1207,14 @@ impl PoolFamilies {
             budget_empty,
             hedges,
             resumes,
+            opinions,
             not_armed,
             moves,
             fallbacks,
         } = self;
-        for family in [queue_refused, retries, budget_empty, hedges, resumes, not_armed, moves, fallbacks] {
+        for family in
+            [queue_refused, retries, budget_empty, hedges, resumes, opinions, not_armed, moves, fallbacks]
+        {
             family.retain(keep);
         }
         for family in [backends, eligible, panic_mode, waiting, queue] {
@@ -1494,6 +1532,7 @@ mod tests {
         pool.count_retry("busy");
         pool.count_hedge("won");
         pool.count_resume("resumed");
+        pool.count_opinion("repeated");
         pool.count_move("drain", "moved");
         let backend = metrics.backend("p", "b");
         backend.count_failure("reset");

@@ -1,5 +1,6 @@
 //! A replica dies in the middle of a token stream and its client does not notice (F16 to F19, F21).
 
+mod dialects;
 mod moves;
 
 use std::time::Duration;
@@ -56,6 +57,23 @@ async fn a_stream_cut_behind_any_event_is_one_whole_stream_for_the_client() {
             }
         }
     }
+}
+
+#[tokio::test]
+async fn what_keeps_a_connection_alive_is_no_part_of_the_answer() {
+    let beat = || reply::chunk(": beat\n\n");
+    let said = Talk::default().chat_events(true);
+    let mut steps = vec![reply::sse_head(), beat()];
+    for event in &said[..5] {
+        steps.extend([reply::chunk(event), beat()]);
+    }
+    let dying = Backend::start(Script::new().answer([steps, vec![Step::Rst]].concat())).await;
+    let alive = Backend::healthy().await;
+    let proxy = Proxy::start(&in_order(&[&dying.url(), &alive.url()]));
+    let answer = Http::One.send(proxy.addr, &chat_request(true)).await;
+    assert_eq!(answer.text().replace(": beat\n\n", ""), said.concat());
+    assert_eq!(resumed(&proxy, "resumed"), 1);
+    proxy.is_quiet().await;
 }
 
 #[tokio::test]

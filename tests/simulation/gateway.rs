@@ -1,7 +1,9 @@
 //! What the gateway knows of its pool, and how it chooses: the rules of `src/pool`, single-threaded and without I/O,
 //! around the real policies. Nothing here looks at what a replica really is.
 
+use crate::crowd::Crowd;
 use crate::plan::{Member, Plan, Policies};
+use crate::silence::Silence;
 use evergate::policy::Moment;
 use evergate::policy::balance::{self, Candidates, Ewma, RecentFailures, stable_hash};
 use evergate::policy::health::{
@@ -9,6 +11,7 @@ use evergate::policy::health::{
     Transition,
 };
 use evergate::policy::outlier::{self, Measure, Reading, Sample, Speed};
+use evergate::policy::progress::Proof;
 use evergate::policy::retry::{Budget, Burst};
 use std::sync::atomic::AtomicUsize;
 use std::time::Duration;
@@ -41,6 +44,8 @@ pub(crate) struct Gateway {
     pub(crate) burst: Burst,
     /// The highest in-flight count of one backend so far.
     pub(crate) peak: u32,
+    pub(crate) silence: Silence,
+    pub(crate) crowd: Crowd,
     pub(crate) rng: fastrand::Rng,
     cursor: AtomicUsize,
     median_first_token: Option<f64>,
@@ -56,6 +61,8 @@ pub(crate) enum Told {
     Probe(ProbeVerdict),
     /// Lasting slowness.
     Slow(f64),
+    /// A standstill, proven.
+    Stuck(Proof),
     /// Time.
     Tick,
 }
@@ -102,7 +109,8 @@ pub(crate) enum Grant {
 /// Why nobody takes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Nobody {
-    Busy(Option<Moment>),
+    Full,
+    Busy(Moment),
     Down,
     AllTried,
 }
@@ -116,6 +124,12 @@ impl Gateway {
             budget: Budget::default(),
             burst: Burst::default(),
             peak: 0,
+            silence: Silence::new(
+                plan.policies.progress.clone(),
+                plan.members.len(),
+                plan.policies.health.probes,
+            ),
+            crowd: Crowd::new(plan.members.len()),
             rng: fastrand::Rng::with_seed(seed),
             cursor: AtomicUsize::new(0),
             median_first_token: None,
@@ -143,11 +157,21 @@ impl Gateway {
         self.backends[i].present && self.backends[i].admin == Administrative::Enabled
     }
 
+    /// Most attempts at a time, configured or learned.
+    pub(crate) fn cap(&self, i: usize) -> Option<u32> {
+        self.crowd.cap(i, self.backends[i].in_flight_max)
+    }
+
+    /// Most exchanges that may wait.
+    pub(crate) fn queue_length_max(&self, now: Moment) -> usize {
+        let eligible = (0..self.backends.len()).filter(|&i| self.is_eligible(i, now));
+        self.policies.queue.length_max.of(eligible.map(|i| self.cap(i)))
+    }
+
     /// Whether an ordinary attempt fits there.
     pub(crate) fn has_room(&self, i: usize, now: Moment) -> bool {
         let Standing::Eligible { share } = self.standing(i, now) else { return false };
-        let max = self.backends[i].in_flight_max;
-        max.is_none_or(|max| {
+        self.cap(i).is_none_or(|max| {
             f64::from(self.backends[i].in_flight) < (f64::from(max) * f64::from(share)).max(1.0)
         })
     }
@@ -158,26 +182,31 @@ impl Gateway {
         replayable: bool,
         paid: bool,
         key: u64,
+        proven_since: Option<Moment>,
         now: Moment,
     ) -> Result<Choice, Nobody> {
-        if replayable {
-            for i in 0..self.backends.len() {
-                let open = self.enabled(i) && !tried.contains(&i);
-                if open
-                    && self.standing(i, now) == Standing::Probation
-                    && self.backends[i].health.begin_trial(now)
-                {
-                    return Ok(Choice::Trial(i));
-                }
-            }
+        let trial = |gateway: &mut Self| gateway.pick_trial(tried, replayable, now).map(Choice::Trial);
+        // Who failed once had better not meet a convalescent next.
+        if proven_since.is_none()
+            && let Some(choice) = trial(self)
+        {
+            return Ok(choice);
         }
         let mut rng = self.rng.clone();
-        let request = balance::Request { affinity: Some(key) };
-        let view = View { gateway: self, tried, now };
-        let picked = balance::pick(&self.policies.balance, &view, &request, &self.cursor, &mut rng);
+        let mut pick = |proven_since: Option<Moment>| {
+            let request = balance::Request { affinity: Some(key) };
+            let view = View { gateway: self, tried, proven_since, now };
+            balance::pick(&self.policies.balance, &view, &request, &self.cursor, &mut rng)
+        };
+        let picked = pick(proven_since).or_else(|| proven_since.and_then(|_| pick(None)));
         self.rng = rng;
         if let Some(i) = picked {
             return Ok(Choice::Ordinary(i));
+        }
+        if proven_since.is_some()
+            && let Some(choice) = trial(self)
+        {
+            return Ok(choice);
         }
         let suspect = self.pick_suspect(tried, now);
         let (budget, policy) = (&mut self.budget, &self.policies.retry);
@@ -185,6 +214,21 @@ impl Gateway {
             Some(i) => Ok(Choice::Suspect(i)),
             None => Err(self.nobody(tried, now)),
         }
+    }
+
+    fn pick_trial(&mut self, tried: &[usize], replayable: bool, now: Moment) -> Option<usize> {
+        if replayable {
+            for i in 0..self.backends.len() {
+                let open = self.enabled(i) && !tried.contains(&i);
+                if open
+                    && self.standing(i, now) == Standing::Probation
+                    && self.backends[i].health.begin_trial(now)
+                {
+                    return Some(i);
+                }
+            }
+        }
+        None
     }
 
     fn pick_suspect(&self, tried: &[usize], now: Moment) -> Option<usize> {
@@ -204,7 +248,7 @@ impl Gateway {
             })
     }
 
-    fn nobody(&self, tried: &[usize], now: Moment) -> Nobody {
+    pub(crate) fn nobody(&self, tried: &[usize], now: Moment) -> Nobody {
         let (mut until, mut was_tried, mut full) = (None, false, false);
         for i in (0..self.backends.len()).filter(|&i| self.enabled(i)) {
             match self.standing(i, now) {
@@ -218,8 +262,9 @@ impl Gateway {
         }
         match (was_tried, until, full) {
             (true, ..) => Nobody::AllTried,
+            (false, _, true) => Nobody::Full,
+            (false, Some(until), false) => Nobody::Busy(until),
             (false, None, false) => Nobody::Down,
-            (false, until, _) => Nobody::Busy(until),
         }
     }
 
@@ -262,6 +307,7 @@ impl Gateway {
             }
             Told::Probe(verdict) => backend.health.probe(policy, now, verdict, &peers, rng),
             Told::Slow(ratio) => backend.health.eject_slow(policy, now, ratio, &peers, rng),
+            Told::Stuck(proof) => backend.health.eject_stuck(policy, now, proof, &peers, rng),
             Told::Tick => backend.health.tick(policy, now, &peers),
         };
         self.publish(i, now);
@@ -414,6 +460,8 @@ impl Backend {
 struct View<'a> {
     gateway: &'a Gateway,
     tried: &'a [usize],
+    /// Only who has shown life since.
+    proven_since: Option<Moment>,
     now: Moment,
 }
 
@@ -427,7 +475,12 @@ impl Candidates for View<'_> {
     }
 
     fn admissible(&self, i: usize) -> bool {
-        self.gateway.enabled(i) && !self.tried.contains(&i) && self.gateway.has_room(i, self.now)
+        let silence = &self.gateway.silence;
+        self.proven_since.is_none_or(|since| silence.moved_at(i) >= since)
+            && !silence.is_shunned(i)
+            && self.gateway.enabled(i)
+            && !self.tried.contains(&i)
+            && self.gateway.has_room(i, self.now)
     }
 
     fn load(&self, i: usize) -> f64 {

@@ -1,9 +1,11 @@
 //! Thousands of histories of the pure policies, each from a seed: model backends that fall ill of what the fault
 //! catalogue knows, a model of the attempt loop, a virtual clock, and the real `balance::pick`, `Health`, `decide`,
-//! `Budget`, `Burst`, `backoff` and `outlier`.
+//! `Budget`, `Burst`, `backoff`, `outlier`, `progress`, `hedge` and
+//! `admission`.
 //!
 //! `plan` makes everything that will happen from a seed; `replica` is a backend as it really is; `gateway` what is
-//! known of it, with the rules of `src/pool`; `world` lets it happen, with the steps of `src/proxy/exchange.rs`; `rules`
+//! known of it, with the rules of `src/pool`, `silence` what is made of its silence and
+//! `crowd` of those who wait; `world` lets it happen, with the steps of `src/proxy/exchange.rs`; `rules`
 //! are what must hold at every step and at the end. A new policy is asked in `gateway` or `world`, where `src/pool` or
 //! `src/proxy` ask it, and its promise becomes a rule.
 //!
@@ -15,11 +17,13 @@
 //! EVERGATE_SEED=17 cargo test --test simulation replay -- --nocapture     one, with every decision
 //! ```
 
+mod crowd;
 mod gateway;
 mod plan;
 mod replica;
 mod rules;
 mod scenarios;
+mod silence;
 mod world;
 
 use std::collections::BTreeMap;
@@ -44,7 +48,9 @@ const MUST_BE_MET: &[&str] = &[
     "fails_fast",
     "flaky",
     "garbage",
+    "frozen",
     "hangs",
+    "hollow",
     "overloaded",
     "refuses_streams",
     "slow",
@@ -74,6 +80,18 @@ const MUST_BE_MET: &[&str] = &[
     "retry from the budget",
     "retry from the burst",
     "waits",
+    // What is made of silence.
+    "late",
+    "hedge",
+    "hedge won",
+    "hedge lost",
+    "hedge refused",
+    "suspected",
+    "verify answered",
+    "verify unanswered",
+    "outrun",
+    "ejected as stuck",
+    "rescued work is spared",
     // What becomes of exchanges.
     "answered",
     "broken off",
@@ -83,6 +101,14 @@ const MUST_BE_MET: &[&str] = &[
     "nobody: all tried",
     "nobody: busy",
     "nobody: down",
+    "nobody: full",
+    "nobody: queue full",
+    // What becomes of those who wait.
+    "queued",
+    "let in",
+    "let in by the pace",
+    "turn while all priorities wait",
+    "cap learned",
     // What becomes of backends.
     "ejected",
     "consecutive_faults",

@@ -6,10 +6,13 @@
 
 use crate::replica::{Ailment, Clocks, Request, Span};
 use evergate::policy::Moment;
+use evergate::policy::admission::{LengthMax, Priority, QueuePolicy};
 use evergate::policy::balance::{AffinityKey, BalancePolicy};
 use evergate::policy::health::{Administrative, HealthPolicy, ProbeVerdict};
 use evergate::policy::outlier::OutlierPolicy;
+use evergate::policy::progress::ProgressPolicy;
 use evergate::policy::retry::{Replay, RetryPolicy};
+use std::num::NonZeroU32;
 use std::time::Duration;
 
 /// Ordinary time between probes, and while something may change.
@@ -26,6 +29,8 @@ pub(crate) struct Policies {
     pub(crate) retry: RetryPolicy,
     pub(crate) balance: BalancePolicy,
     pub(crate) outlier: OutlierPolicy,
+    pub(crate) progress: ProgressPolicy,
+    pub(crate) queue: QueuePolicy,
     pub(crate) clocks: Clocks,
 }
 
@@ -111,6 +116,22 @@ fn policies(rng: &mut fastrand::Rng) -> Policies {
         outlier.persistent = secs(1.0 + rng.f64() * 5.0);
         outlier.eject_ratio_min = outlier.ratio_min + rng.f64();
     }
+    let mut progress = ProgressPolicy::default();
+    if rng.u8(..4) > 0 {
+        progress.first_token_min = secs(0.3 + rng.f64() * 2.0);
+        progress.first_token_unknown = progress.first_token_min + secs(rng.f64() * 3.0);
+        progress.token_gap_min = secs(0.3 + rng.f64());
+        progress.token_gap_unknown = progress.token_gap_min + secs(rng.f64() * 2.0);
+        progress.hedge_ratio = *pick(rng, &[0.05, 0.05, 0.2, 1.0, 0.0]);
+    }
+    let mut queue = QueuePolicy::default();
+    if rng.bool() {
+        queue.wait_max = secs(rng.f64() * 5.0);
+        queue.length_max = match rng.u8(..3) {
+            0 => LengthMax::Most(NonZeroU32::MIN.saturating_add(rng.u32(..8))),
+            _ => LengthMax::Auto,
+        };
+    }
     let balance = match rng.u8(..8) {
         0 => BalancePolicy::RoundRobin,
         1 | 2 => BalancePolicy::LeastLoad,
@@ -124,7 +145,8 @@ fn policies(rng: &mut fastrand::Rng) -> Policies {
     {
         assert_eq!(valid, Ok(()), "{of}");
     }
-    Policies { health, retry, balance, outlier, clocks }
+    assert_eq!(progress.validate(), Ok(()), "progress");
+    Policies { health, retry, balance, outlier, progress, queue, clocks }
 }
 
 fn member(i: usize, count: usize, trouble: Duration, rng: &mut fastrand::Rng) -> Member {
@@ -167,7 +189,7 @@ fn member(i: usize, count: usize, trouble: Duration, rng: &mut fastrand::Rng) ->
 }
 
 fn ailment(rng: &mut fastrand::Rng) -> Ailment {
-    match rng.u8(..19) {
+    match rng.u8(..22) {
         0 | 1 => Ailment::Crashed,
         2 => Ailment::Blackhole,
         3 => Ailment::Hangs,
@@ -185,7 +207,9 @@ fn ailment(rng: &mut fastrand::Rng) -> Ailment {
         15 => Ailment::BreaksStreams,
         16 => Ailment::Garbage,
         17 => Ailment::WrongCredentials,
-        _ => Ailment::WrongModel,
+        18 => Ailment::WrongModel,
+        19 => Ailment::Frozen,
+        _ => Ailment::Hollow,
     }
 }
 
@@ -214,6 +238,7 @@ fn request(rng: &mut fastrand::Rng) -> Request {
         streams: rng.u8(..3) > 0,
         first_token: secs(*pick(rng, &[0.05, 0.1, 0.2, 0.5, 1.0])),
         tokens: *pick(rng, &[1, 5, 20, 50, 100]),
+        priority: *pick(rng, &Priority::ALL),
         always: match rng.u8(..30) {
             0 => Some(500),
             1 => Some(400),
@@ -230,6 +255,7 @@ fn calm_request(rng: &mut fastrand::Rng) -> Request {
         // So soon that chance alone makes nobody slow: all are below what anyone notices.
         first_token: secs(0.06),
         tokens: 5,
+        priority: Priority::Normal,
         always: None,
         patience: None,
     }

@@ -4,6 +4,7 @@
 //! gateway: it states facts, and the policies judge them.
 
 use evergate::policy::Moment;
+use evergate::policy::admission::Priority;
 use evergate::policy::dialect::ErrorClass;
 use evergate::policy::health::ProbeVerdict;
 use evergate::policy::retry::{Cause, Facts, Phase};
@@ -22,6 +23,8 @@ pub(crate) struct Request {
     pub(crate) tokens: u32,
     /// Every replica answers it with this status: the client's fault, or a request that breaks engines.
     pub(crate) always: Option<u16>,
+    /// Who goes first where there is a line.
+    pub(crate) priority: Priority,
     /// The client leaves after so long.
     pub(crate) patience: Option<Duration>,
 }
@@ -38,6 +41,10 @@ pub(crate) enum Ailment {
     Blackhole,
     /// Accepts and never answers (F08).
     Hangs,
+    /// Stopped (F19): nothing moves any more, what runs included, and no probe is answered.
+    Frozen,
+    /// The engine is dead behind its server (F08, F19): the same, but probes pass.
+    Hollow,
     /// 500 at once, which looks like being idle (F28).
     FailsFast,
     /// 502 after the usual time (F09).
@@ -75,6 +82,8 @@ impl Ailment {
             Self::Crashed => "crashed",
             Self::Blackhole => "blackhole",
             Self::Hangs => "hangs",
+            Self::Frozen => "frozen",
+            Self::Hollow => "hollow",
             Self::FailsFast => "fails_fast",
             Self::Fails => "fails",
             Self::Closes => "closes",
@@ -152,7 +161,9 @@ impl Replica {
             Some(Ailment::Blackhole) => {
                 ends(clocks.connect, Phase::Connect, Cause::ConnectTimeout, false, false)
             }
-            Some(Ailment::Hangs) => sent(clocks.first_token, Cause::FirstTokenTimeout),
+            Some(Ailment::Hangs | Ailment::Frozen | Ailment::Hollow) => {
+                sent(clocks.first_token, Cause::FirstTokenTimeout)
+            }
             Some(Ailment::FailsFast) => sent(AT_ONCE, Cause::Status(500)),
             Some(Ailment::Fails) => sent(usual, Cause::Status(502)),
             Some(Ailment::Closes) if reused => answers(usual, GAP, None, clocks, reused),
@@ -191,15 +202,20 @@ impl Replica {
         }
     }
 
+    /// Nothing of it is heard, not even by a probe.
+    pub(crate) fn is_silent(&self) -> bool {
+        matches!(self.ailment, Some(Ailment::Blackhole | Ailment::Hangs | Ailment::Frozen))
+    }
+
     /// What a probe that ends now finds.
     pub(crate) fn probe(&self, rng: &mut fastrand::Rng) -> ProbeVerdict {
         if let Some(lie) = self.lie {
             return lie;
         }
         match self.ailment {
-            Some(Ailment::Crashed | Ailment::Blackhole | Ailment::Hangs | Ailment::Closes) => {
-                ProbeVerdict::Fail
-            }
+            Some(
+                Ailment::Crashed | Ailment::Blackhole | Ailment::Hangs | Ailment::Frozen | Ailment::Closes,
+            ) => ProbeVerdict::Fail,
             Some(Ailment::Busy(_)) => ProbeVerdict::Refusing,
             Some(Ailment::Overloaded(_)) if rng.bool() => ProbeVerdict::Fail,
             Some(Ailment::WrongModel) => ProbeVerdict::WeakPass,

@@ -3,8 +3,11 @@
 
 use crate::gateway::{Change, Choice, Gateway, Grant, Told};
 use crate::plan::{Plan, Policies};
+use crate::silence::AFTERMATH;
 use evergate::policy::Moment;
+use evergate::policy::admission::Priority;
 use evergate::policy::health::{EjectReason, Observation, ProbeVerdict, Standing, Transition};
+use evergate::policy::progress::{Proof, Work};
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -12,6 +15,12 @@ use std::time::Duration;
 const BUDGET_SECONDS: u64 = 10;
 const BURST_REFILL: f64 = 30.0;
 const BURST_MIN: u32 = 8;
+/// How far back hedges are counted.
+const HEDGE_WINDOW: Duration = Duration::from_secs(10);
+/// How a crowd is let in (`policy::admission`).
+const PACE_START: u32 = 8;
+const PACE_DOUBLING: Duration = Duration::from_millis(250);
+const PACE_LASTS: Duration = Duration::from_secs(2);
 /// Attempts at suspects that may come at once.
 const SUSPECTS_AT_ONCE: f64 = 2.0;
 /// Attempts that sent nothing, beyond one for each backend.
@@ -33,6 +42,32 @@ pub(crate) struct Rules {
     /// It never failed anybody, nor asked to be left alone.
     blameless: Vec<bool>,
     under_way: u32,
+    /// Hedges that were begun, and how many have not ended.
+    hedges: Vec<Moment>,
+    hedges_under_way: u32,
+    /// The latest token each backend really gave.
+    tokens: Vec<Moment>,
+    /// When the latest backend was ejected as stuck, and the first.
+    stuck_at: Option<Moment>,
+    pub(crate) first_stuck: Option<(usize, Moment)>,
+    /// Most that waited in line at a time.
+    pub(crate) longest_line: usize,
+    /// When rescued work was last sent there.
+    rescued_to: Vec<Option<Moment>>,
+    /// Who waits in the line.
+    waiting: BTreeMap<usize, Priority>,
+    /// Turns given while all priorities waited, and those of them that the lowest got.
+    turns: (u32, u32),
+    /// A crowd that is being let in.
+    crowd: Option<Crowd>,
+}
+
+/// A crowd that is being let in.
+struct Crowd {
+    began: Moment,
+    returns: u32,
+    let_in: u32,
+    spoke: u32,
 }
 
 impl Rules {
@@ -48,6 +83,16 @@ impl Rules {
             leave_alone_until: vec![Moment::ZERO; members],
             blameless: vec![true; members],
             under_way: 0,
+            hedges: Vec::new(),
+            hedges_under_way: 0,
+            tokens: vec![Moment::ZERO; members],
+            stuck_at: None,
+            first_stuck: None,
+            longest_line: 0,
+            rescued_to: vec![None; members],
+            waiting: BTreeMap::new(),
+            turns: (0, 0),
+            crowd: None,
         }
     }
 
@@ -109,9 +154,165 @@ impl Rules {
         }
     }
 
+    /// A second attempt begins beside a late one.
+    pub(crate) fn hedged(&mut self, policies: &Policies, replayable: bool, now: Moment) {
+        self.count("hedge");
+        self.require(replayable, "what must not run twice is not hedged", String::new);
+        // Of the budget too; its peak is of no account there.
+        self.retried(policies, Some(Grant::Budget), 0, now);
+        self.hedges.push(now);
+        self.hedges_under_way += 1;
+        let second = (now.as_micros() / 1_000_000).saturating_sub(BUDGET_SECONDS - 1);
+        let lately = Moment::from_micros(second * 1_000_000);
+        let requests = self.requests.iter().filter(|at| **at >= lately).count() as f64;
+        let made = self.hedges.iter().filter(|at| now.since(**at) < HEDGE_WINDOW).count() as f64;
+        let most = policies.progress.hedge_ratio * requests;
+        let alone = self.hedges_under_way == 1 && policies.progress.hedge_ratio > 0.0;
+        self.require(alone || made <= most + 1e-6, "hedges are a small share of the requests", || {
+            format!("{made} in ten seconds, {most} allowed")
+        });
+    }
+
+    pub(crate) fn hedge_over(&mut self) {
+        self.hedges_under_way -= 1;
+    }
+
+    /// A token came from there, in truth.
+    pub(crate) fn gave_token(&mut self, i: usize, at: Moment) {
+        self.tokens[i] = self.tokens[i].max(at);
+    }
+
+    /// Work that was thrown off another is sent there.
+    pub(crate) fn rescued_to(&mut self, i: usize, now: Moment) {
+        self.count("rescued work is spared");
+        self.rescued_to[i] = Some(now);
+    }
+
+    /// A backend is about to be called stuck, with this `work` unfinished.
+    pub(crate) fn stuck(
+        &mut self,
+        policies: &Policies,
+        (i, proof): (usize, Proof),
+        late: usize,
+        work: &[Work],
+        now: Moment,
+    ) {
+        let silent = now.since(self.tokens[i]);
+        let shortest = work.iter().map(|work| now.since(work.heard)).max().unwrap_or_default();
+        self.require(!work.is_empty() && !silent.is_zero(), "who moves is not stuck", || {
+            format!("{i} gave a token {silent:?} ago, its work waits {shortest:?}")
+        });
+        if proof == Proof::Unanswered {
+            return;
+        }
+        self.count("outrun");
+        let rescued = self.rescued_to[i].filter(|at| now.since(*at) < policies.progress.first_token_min);
+        self.require(rescued.is_none(), "rescued work may take its time", || format!("{i}: {rescued:?}"));
+        self.require(late >= 2 && work.len() >= late, "one late attempt proves nothing", || {
+            format!("{i}: {late} of {work:?}")
+        });
+        // The first that still waits: somebody else must have given a token since it came, or nobody moves.
+        let since = work.iter().map(|work| work.heard).min().unwrap_or(now);
+        let peers = (0..self.tokens.len()).filter(|peer| *peer != i);
+        let moved = peers.map(|peer| self.tokens[peer]).max().unwrap_or_default();
+        self.require(moved > since, "a standstill of everybody ejects nobody", || {
+            format!("{i}, silent since {since:?}; the others since {moved:?}")
+        });
+    }
+
+    /// It was.
+    pub(crate) fn ejected_stuck(&mut self, i: usize, proof: Proof, eligible_before: usize, now: Moment) {
+        self.count("ejected as stuck");
+        let last = self.tokens[i];
+        let after = self.stuck_at.filter(|at| now.since(*at) < AFTERMATH);
+        let cascade = proof == Proof::Outrun && after.is_some_and(|at| last >= at);
+        self.require(!cascade, "an ejection does not lead to the next", || {
+            format!("{i} gave a token at {last:?}, after {after:?}; {eligible_before} were eligible")
+        });
+        self.stuck_at = Some(now);
+        self.first_stuck.get_or_insert((i, now));
+    }
+
     /// The attempt at the suspect that was asked last, or before, sent nothing.
     pub(crate) fn refunded(&mut self) {
         self.retries.pop();
+    }
+
+    /// One waits in line.
+    pub(crate) fn joined(&mut self, x: usize, priority: Priority, length_max: usize) {
+        self.count("queued");
+        let before = self.waiting.insert(x, priority);
+        self.require(before.is_none(), "nobody waits twice", || format!("x{x}"));
+        let waiting = self.waiting.len();
+        self.longest_line = self.longest_line.max(waiting);
+        self.require(waiting <= length_max, "the queue is bounded", || {
+            format!("{waiting} wait, {length_max} may")
+        });
+    }
+
+    /// It waits no more.
+    pub(crate) fn left(&mut self, x: usize) {
+        let waited = self.waiting.remove(&x);
+        self.require(waited.is_some(), "whoever waits leaves exactly once", || format!("x{x}"));
+    }
+
+    /// It had its turn, and found a backend.
+    pub(crate) fn let_in(&mut self, x: usize, paced: bool, now: Moment) {
+        let waits = |priority: &Priority| self.waiting.values().any(|other| other == priority);
+        let all = Priority::ALL.iter().all(waits);
+        let low = u32::from(self.waiting.get(&x) == Some(&Priority::Low));
+        self.left(x);
+        self.count("let in");
+        self.turns = if all { (self.turns.0 + 1, self.turns.1 + low) } else { (0, 0) };
+        let (turns, lowest) = self.turns;
+        if all {
+            self.count("turn while all priorities wait");
+        }
+        self.require(turns < 10 * (lowest + 2), "the lowest priority gets every tenth turn", || {
+            format!("{lowest} of {turns}")
+        });
+        if !paced {
+            return;
+        }
+        self.count("let in by the pace");
+        let Some(crowd) = &mut self.crowd else { return };
+        crowd.let_in += 1;
+        let doublings = now.since(crowd.began).as_secs_f64() / PACE_DOUBLING.as_secs_f64();
+        let most = f64::from(PACE_START * crowd.returns) * doublings.exp2() + 2.0 * f64::from(crowd.spoke);
+        let made = crowd.let_in;
+        self.require(f64::from(made) < most + 1.0, "a crowd is let in by and by", || {
+            format!("{made} are in, {most} may")
+        });
+    }
+
+    /// A backend returned while somebody waits.
+    pub(crate) fn backend_returned(&mut self, now: Moment) {
+        match &mut self.crowd {
+            Some(crowd) if now.since(crowd.began) < PACE_LASTS => crowd.returns += 1,
+            crowd => *crowd = Some(Crowd { began: now, returns: 1, let_in: 0, spoke: 0 }),
+        }
+    }
+
+    /// Something else is the limit now.
+    pub(crate) fn pace_over(&mut self) {
+        self.crowd = None;
+    }
+
+    /// One of those let in got its first token.
+    pub(crate) fn paced_one_spoke(&mut self) {
+        if let Some(crowd) = &mut self.crowd {
+            crowd.spoke += 1;
+        }
+    }
+
+    /// A backend has refused one, and its cap was learned.
+    pub(crate) fn refused(&mut self, gateway: &Gateway, i: usize) {
+        let Some(cap) = gateway.crowd.learned(i) else { return };
+        self.count("cap learned");
+        let proven = gateway.crowd.proven(i);
+        self.require(cap >= proven.max(1), "no cap is below what succeeded", || {
+            format!("{i}: {cap}, {proven} were served")
+        });
     }
 
     /// An attempt begins.
@@ -171,11 +372,11 @@ impl Rules {
         &mut self,
         policies: &Policies,
         members: usize,
-        sent: u32,
-        stale: u32,
-        unsent: u32,
+        (sent, stale, unsent): (u32, u32, u32),
+        hedged: bool,
     ) {
-        let most = u32::from(policies.retry.attempts_max);
+        // Beside the last one, when it is late, another may run.
+        let most = u32::from(policies.retry.attempts_max) + u32::from(hedged);
         self.require(sent <= most + stale.min(1), "attempts of an exchange are bounded", || {
             format!("{sent} reached a backend ({stale} of them on stale connections), {most} allowed")
         });
@@ -202,6 +403,7 @@ impl Rules {
             Told::Observation(Observation::Success | Observation::FirstToken | Observation::Neutral)
             | Told::Tick
             | Told::Slow(_) => {}
+            Told::Stuck(_) => self.blameless[i] = false,
             Told::Probe(verdict) => {
                 self.blameless[i] &= matches!(verdict, ProbeVerdict::Pass | ProbeVerdict::WeakPass);
             }
@@ -250,7 +452,8 @@ impl Rules {
     /// An exchange found nobody to take it, and everybody in time was asked.
     pub(crate) fn nobody(&mut self, gateway: &Gateway, tried: &[usize], now: Moment) {
         for i in 0..gateway.backends.len() {
-            let sound = self.blameless[i] && gateway.is_eligible(i, now) && gateway.has_room(i, now);
+            let open = !gateway.silence.is_shunned(i) && gateway.has_room(i, now);
+            let sound = self.blameless[i] && gateway.is_eligible(i, now) && open;
             self.require(!sound || tried.contains(&i), "who is sound and free is asked", || {
                 format!("{i} was not, but {tried:?}")
             });
@@ -261,7 +464,8 @@ impl Rules {
     pub(crate) fn another_round(&mut self, gateway: &Gateway, tried: &[usize], now: Moment) {
         self.nobody(gateway, tried, now);
         for i in (0..gateway.backends.len()).filter(|i| !tried.contains(i)) {
-            let open = gateway.is_eligible(i, now) && gateway.has_room(i, now);
+            let shunned = gateway.silence.is_shunned(i);
+            let open = gateway.is_eligible(i, now) && gateway.has_room(i, now) && !shunned;
             self.require(!open, "a backend that was tried is not tried again while others exist", || {
                 format!("{i} is there, {tried:?} were tried")
             });
@@ -302,6 +506,8 @@ impl Rules {
         self.require(arrived == ended, "every exchange ends exactly once", || {
             format!("{ended} of {arrived} ended")
         });
+        let waiting: Vec<usize> = self.waiting.keys().copied().collect();
+        self.require(waiting.is_empty(), "whoever waits leaves exactly once", || format!("{waiting:?}"));
         let left: Vec<u32> = gateway.backends.iter().map(|backend| backend.in_flight).collect();
         self.require(left.iter().all(|n| *n == 0), "in-flight returns to zero", || format!("{left:?}"));
     }

@@ -4,9 +4,11 @@ use crate::plan::{Member, Plan};
 use crate::replica::{Ailment, Clocks, Request, Span};
 use crate::world::live_plan;
 use evergate::policy::Moment;
+use evergate::policy::admission::{Priority, QueuePolicy};
 use evergate::policy::balance::BalancePolicy;
 use evergate::policy::health::HealthPolicy;
 use evergate::policy::outlier::OutlierPolicy;
+use evergate::policy::progress::ProgressPolicy;
 use evergate::policy::retry::RetryPolicy;
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -35,6 +37,7 @@ fn plan(ailments: &[Option<Ailment>], per_second: u32) -> Plan {
         streams: true,
         first_token: Duration::from_millis(100),
         tokens: 50,
+        priority: Priority::Normal,
         always: None,
         patience: None,
     };
@@ -48,6 +51,8 @@ fn plan(ailments: &[Option<Ailment>], per_second: u32) -> Plan {
             retry: RetryPolicy::default(),
             balance: BalancePolicy::default(),
             outlier: OutlierPolicy::default(),
+            progress: ProgressPolicy::default(),
+            queue: QueuePolicy::default(),
             clocks,
         },
         members: members.collect(),
@@ -120,4 +125,79 @@ fn when_all_are_down_each_suspect_is_asked_now_and_then() {
     let most = SEEDS as f64 * (2.0 * 5.0 + 1.0);
     assert!(of("answered") > 0.0 && of("answered") <= most, "{} answered", of("answered"));
     assert!(of("attempt in panic") > 0.0, "somebody looks whether one is back");
+}
+
+/// Three backends, of which those named fall silent so at twenty seconds.
+fn silent_from_twenty(ailment: Ailment, which: &[usize], lasts: u64) -> Plan {
+    let mut plan = plan(&[None; 3], 20);
+    let from = Moment::ZERO + Duration::from_secs(20);
+    for &i in which {
+        plan.members[i].ailments = vec![(Span { from, until: from + Duration::from_secs(lasts) }, ailment)];
+    }
+    plan
+}
+
+#[test]
+fn one_that_falls_silent_is_found_in_seconds_whether_its_probes_pass_or_not() {
+    // Where a probe finds nobody that is proof; else two late attempts must come together, and hedges carry some away.
+    for (ailment, most) in [(Ailment::Frozen, 3_000), (Ailment::Hollow, 4_500)] {
+        let plan = silent_from_twenty(ailment, &[1], 20);
+        for seed in 0..SEEDS {
+            let (which, at) = live_plan(plan.clone(), seed).rules.first_stuck.expect("it is found");
+            let took = at.since(Moment::ZERO + Duration::from_secs(20));
+            assert_eq!(which, 1, "{ailment:?}, seed {seed}");
+            assert!(took <= Duration::from_millis(most), "{ailment:?}, seed {seed}: {took:?}");
+        }
+        // What it held before its first token moves; only streams that had begun are seen to break.
+        let of = sum(&plan);
+        assert_eq!(of("answered") + of("broken off"), of("exchange"), "{ailment:?}");
+    }
+}
+
+#[test]
+fn a_standstill_of_everybody_ejects_nobody() {
+    let plan = silent_from_twenty(Ailment::Hollow, &[0, 1, 2], 8);
+    let over = Moment::ZERO + Duration::from_secs(28);
+    for seed in 0..SEEDS {
+        let rules = live_plan(plan.clone(), seed).rules;
+        assert_eq!(rules.broken, None, "seed {seed}");
+        assert!(rules.tally.contains_key("suspected"), "all are asked");
+        // Afterwards whoever still keeps what it had waiting may be found by those who move again.
+        assert!(rules.first_stuck.is_none_or(|(_, at)| at > over), "seed {seed}: {:?}", rules.first_stuck);
+    }
+}
+
+#[test]
+fn hedges_are_few_however_slow_one_or_all_are() {
+    // One is so slow that it is late with all it gets, until it is found out; then all are at once.
+    let slow = Some(Ailment::Slow(40.0));
+    for (ailments, hedged) in [([slow, None, None], true), ([slow; 3], false)] {
+        let of = sum(&plan(&ailments, 20));
+        assert_eq!(of("hedge") > 0.0, hedged, "what is slow everywhere is usual");
+        assert!(of("hedge") <= 0.05 * of("exchange") + SEEDS as f64, "{} hedges", of("hedge"));
+        let answered = of("answered") / of("exchange");
+        assert!(answered > 0.99, "{answered} are answered");
+    }
+}
+
+#[test]
+fn an_overload_with_caps_is_served_in_full_and_the_lowest_priority_keeps_a_tenth() {
+    let mut plan = plan(&[None; 3], 60);
+    for member in &mut plan.members {
+        member.in_flight_max = Some(2);
+    }
+    for (n, (_, request)) in plan.arrivals.iter_mut().enumerate() {
+        request.priority = Priority::ALL[n % 3];
+    }
+    let of = sum(&plan);
+    // Two at a time on each of three, each for 100 ms and fifty gaps of 20 ms.
+    let capacity = SEEDS as f64 * 60.0 * 6.0 / 1.1;
+    assert!(of("answered") > 0.95 * capacity, "{} of {capacity}", of("answered"));
+    assert!(of("answered, low") > 0.1 * 0.95 * of("answered"), "{} low", of("answered, low"));
+    assert!(of("answered, high") > 1.5 * of("answered, normal"), "{} high", of("answered, high"));
+    assert_eq!((of("fault"), of("ejected")), (0.0, 0.0));
+    for seed in 0..SEEDS {
+        // Twice the slots are less than the least length.
+        assert_eq!(live_plan(plan.clone(), seed).rules.longest_line, 16, "seed {seed}");
+    }
 }

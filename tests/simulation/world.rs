@@ -9,22 +9,26 @@ use crate::plan::{PROBE_EVERY, PROBE_JITTER, Plan};
 use crate::replica::{Ailment, Fate, GAP, Replica, Request};
 use crate::rules::Rules;
 use evergate::policy::Moment;
+use evergate::policy::admission::{Full, Priority};
 use evergate::policy::health::{Observation, ProbeVerdict, Transition};
 use evergate::policy::outlier::Measure;
+use evergate::policy::progress::{Kind, SoftClocks, Verified, Work};
 use evergate::policy::retry::{
     Cause, Facts, History, Nature, Next, Phase, Reason, Verdict, backoff, decide, verdict,
 };
 use std::cmp::Reverse;
-use std::collections::BinaryHeap;
+use std::collections::{BTreeSet, BinaryHeap};
 use std::fmt::Write as _;
 use std::time::Duration;
 
 /// Between two looks of the judges' clock.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// Between two looks for backends that stand still.
+const WATCH_EVERY: Duration = Duration::from_millis(250);
+/// A probe on demand is answered at once, or not at all; the next begins no sooner than this.
+const VERIFY_TIMEOUT: Duration = Duration::from_secs(1);
 /// A long stream tells its speed so often.
 const STRETCH: Duration = Duration::from_secs(2);
-/// A busy backend is waited for at least so long.
-const ALARM_TICK: Duration = Duration::from_millis(25);
 /// More events than this are a loop.
 const EVENTS_MAX: usize = 200_000;
 
@@ -75,6 +79,25 @@ enum Event {
     },
     Joins(usize),
     Look,
+    Watch,
+    /// A first token is late, if that attempt still waits for it.
+    Late {
+        exchange: usize,
+        attempt: u64,
+    },
+    /// The time of the attempt beside the first has come.
+    Beside {
+        exchange: usize,
+        attempt: u64,
+    },
+    /// Whose turn it is: a slot was freed, or somebody may find a backend now.
+    Call {
+        look: bool,
+    },
+    Verified {
+        backend: usize,
+        asked: Moment,
+    },
     ShouldBeWell,
 }
 
@@ -88,6 +111,8 @@ enum State {
     BackingOff,
     /// Up to the first token.
     Attempting(Attempt),
+    /// It has failed, so; the one beside it goes on.
+    Overlooked(Attempt, Facts),
     /// Past the commit point.
     Relaying(Attempt),
     Ended,
@@ -95,6 +120,8 @@ enum State {
 
 #[derive(Clone, Copy, Debug)]
 struct Attempt {
+    /// Never used twice.
+    id: u64,
     choice: Choice,
     began: Moment,
     fate: Fate,
@@ -102,6 +129,10 @@ struct Attempt {
     stretch: Moment,
     /// The budget paid for it because its backend is a suspect.
     owed: bool,
+    /// Its backend fell silent then.
+    stalled: Option<Moment>,
+    /// As a trial it has shown what it will.
+    shown: bool,
 }
 
 struct Exchange {
@@ -118,7 +149,19 @@ struct Exchange {
     blamed: Option<usize>,
     /// The latest failure was of a request that had been sent: the budget has paid for the next.
     paid: bool,
-    wait_until: Option<Moment>,
+    /// End of all waiting for a slot, and for a backend that is down or asked for a pause.
+    slot_until: Option<Moment>,
+    backend_until: Option<Moment>,
+    /// Attempts there had been when it began to wait for a pause to end.
+    pause_after: Option<u32>,
+    /// It was let in from a crowd, which hears of its first token.
+    paced: bool,
+    kind: Kind,
+    /// How the latest attempt failed.
+    failed: Option<Cause>,
+    /// A second attempt, while the first is late.
+    beside: Option<Attempt>,
+    hedges: u32,
 }
 
 struct World {
@@ -126,14 +169,17 @@ struct World {
     gateway: Gateway,
     replicas: Vec<Replica>,
     exchanges: Vec<Exchange>,
-    /// In the order in which they began to wait.
-    waiters: Vec<usize>,
     queue: BinaryHeap<Reverse<(Moment, u64, Event)>>,
     sequence: u64,
     probe_epochs: Vec<u32>,
     next_probe: Vec<Moment>,
     now: Moment,
     ended: usize,
+    /// Exchanges that have not ended.
+    live: BTreeSet<usize>,
+    attempts: u64,
+    /// When each backend was last asked on demand.
+    verified: Vec<Option<Moment>>,
     /// Of the model; the policies have their own.
     rng: fastrand::Rng,
     rules: Rules,
@@ -147,13 +193,15 @@ impl World {
             gateway: Gateway::new(&plan, seed ^ 0x5eed),
             replicas: vec![Replica::default(); members],
             exchanges: Vec::new(),
-            waiters: Vec::new(),
             queue: BinaryHeap::new(),
             sequence: 0,
             probe_epochs: vec![0; members],
             next_probe: vec![Moment::NEVER; members],
             now: Moment::ZERO,
             ended: 0,
+            live: BTreeSet::new(),
+            attempts: 0,
+            verified: vec![None; members],
             rng: fastrand::Rng::with_seed(!seed),
             rules: Rules::new(members),
             trace: traced.then(String::new),
@@ -209,6 +257,7 @@ impl World {
             }
         }
         self.at(Moment::ZERO, Event::Look);
+        self.at(Moment::ZERO, Event::Watch);
         if let Some(by) = self.plan.eligible_by {
             self.at(by, Event::ShouldBeWell);
         }
@@ -246,7 +295,7 @@ impl World {
                 self.rules.count(state.name());
                 self.gateway.backends[backend].admin = state;
                 self.settle();
-                self.wake_all();
+                self.look_again();
             }
             Event::Joins(backend) => {
                 self.note(|| format!("b{backend}: joins"));
@@ -257,10 +306,26 @@ impl World {
             Event::Look => {
                 let mut changes = Vec::new();
                 self.gateway.look(self.now, &mut changes);
+                self.gateway.crowd.forget_caps(self.now);
                 self.take(&changes);
                 if self.now < self.plan.end {
                     self.at(self.now + LOOK_EVERY, Event::Look);
                 }
+            }
+            Event::Watch => self.watch(),
+            Event::Call { look } => self.call(look),
+            Event::Late { exchange, attempt } => self.late(exchange, attempt),
+            Event::Beside { exchange, attempt } => {
+                if let Some(beside) = self.exchanges[exchange].beside.filter(|beside| beside.id == attempt) {
+                    let facts = self.facts_of(exchange, &beside);
+                    self.beside_ends(exchange, facts);
+                }
+            }
+            Event::Verified { backend, asked } => {
+                let verdict = self.replicas[backend].probe(&mut self.rng);
+                let answered = verdict != ProbeVerdict::Fail;
+                self.rules.count(if answered { "verify answered" } else { "verify unanswered" });
+                self.gateway.silence.verified(backend, Verified { asked, ended: self.now, answered });
             }
             Event::ShouldBeWell => self.rules.recovered(&self.gateway, &self.plan, self.now),
         }
@@ -278,10 +343,17 @@ impl World {
             }
             None => self.note(|| format!("b{i}: well")),
         }
+        if matches!(ailment, Some(Ailment::Frozen | Ailment::Hollow)) {
+            self.stall(i);
+        }
         if ailment != Some(Ailment::Crashed) {
             return;
         }
-        for x in 0..self.exchanges.len() {
+        for x in self.live.clone() {
+            if self.exchanges[x].beside.is_some_and(|beside| beside.choice.backend() == i) {
+                let facts = Facts { sent: true, ..Facts::new(Phase::Head, Cause::Closed) };
+                self.beside_ends(x, facts);
+            }
             match self.exchanges[x].state {
                 State::Attempting(attempt) if attempt.choice.backend() == i => {
                     let facts = Facts { sent: true, ..Facts::new(Phase::Head, Cause::Closed) };
@@ -289,6 +361,41 @@ impl World {
                 }
                 State::Relaying(attempt) if attempt.choice.backend() == i => {
                     self.stream_ends(x, attempt, Some(Cause::Truncated));
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// What runs there comes to a stop, and only its clocks will end it.
+    fn stall(&mut self, i: usize) {
+        let (now, clocks) = (self.now, self.plan.policies.clocks);
+        let silent = |attempt: Attempt, after: Duration, phase, cause| {
+            let facts = Facts { sent: true, answered: phase != Phase::Head, ..Facts::new(phase, cause) };
+            let fate = Fate::Ends { after, facts: Facts { took: after, ..facts } };
+            Attempt { fate, stalled: Some(now), ..attempt }
+        };
+        for x in self.live.clone() {
+            if let Some(beside) = self.exchanges[x].beside.filter(|beside| beside.choice.backend() == i) {
+                let stalled = silent(beside, clocks.first_token, Phase::Head, Cause::FirstTokenTimeout);
+                // The end it was to come to is none of the new one.
+                self.attempts += 1;
+                let id = self.attempts;
+                self.exchanges[x].beside = Some(Attempt { id, ..stalled });
+                let due = (stalled.began + clocks.first_token).max(now + clocks.connect);
+                self.at(due, Event::Beside { exchange: x, attempt: id });
+            }
+            match self.exchanges[x].state {
+                State::Attempting(attempt) if attempt.choice.backend() == i => {
+                    let stalled = silent(attempt, clocks.first_token, Phase::Head, Cause::FirstTokenTimeout);
+                    self.exchanges[x].state = State::Attempting(stalled);
+                    // An answer in one piece may have taken longer already.
+                    self.due_at(x, (attempt.began + clocks.first_token).max(now + clocks.connect));
+                }
+                State::Relaying(attempt) if attempt.choice.backend() == i => {
+                    let stalled = silent(attempt, clocks.stream, Phase::Stream, Cause::Silence);
+                    self.exchanges[x].state = State::Relaying(stalled);
+                    self.due_at(x, now + clocks.stream);
                 }
                 _ => {}
             }
@@ -358,11 +465,11 @@ impl World {
                 | Transition::ProbesFailed { .. } => {
                     self.rescue(i);
                 }
-                Transition::Probation
-                | Transition::ProbesPassed { .. }
+                Transition::Probation => self.look_again(),
+                Transition::ProbesPassed { .. }
                 | Transition::ProvenByTraffic
                 | Transition::RefusalOver
-                | Transition::Readmitted { .. } => self.wake_all(),
+                | Transition::Readmitted { .. } => self.backend_returned(),
                 _ => {}
             }
             let soon = self.now + PROBE_EVERY.1;
@@ -375,8 +482,194 @@ impl World {
         }
     }
 
+    // Silence
+
+    /// Looks for backends that stand still: asks the suspect, ejects the proven.
+    fn watch(&mut self) {
+        if self.now < self.plan.end || !self.live.is_empty() {
+            self.at(self.now + WATCH_EVERY, Event::Watch);
+        }
+        self.look_again();
+        let work = self.unfinished();
+        let usable: Vec<bool> = (0..work.len()).map(|i| self.gateway.is_eligible(i, self.now)).collect();
+        for found in self.gateway.silence.look(&work, &usable, self.now) {
+            let i = found.backend;
+            self.rules.count("suspected");
+            self.note(|| format!("b{i}: {:?}, {:?}", found.standstill, found.proof));
+            let Some(proof) = found.proof else {
+                self.verify(i);
+                continue;
+            };
+            self.rules.stuck(&self.plan.policies, (i, proof), found.standstill.late, &work[i], self.now);
+            let mut changes = Vec::new();
+            let eligible = self.gateway.eligible(self.now);
+            self.gateway.tell(i, Told::Stuck(proof), self.now, &mut changes);
+            let ejected = |change: &Change| {
+                change.backend == i && matches!(change.transition, Transition::Ejected { .. })
+            };
+            if changes.iter().any(ejected) {
+                self.gateway.silence.ejected(self.now);
+                self.rules.ejected_stuck(i, proof, eligible, self.now);
+            }
+            self.take(&changes);
+        }
+    }
+
+    /// What is unfinished at each backend, as far as it waits for its backend.
+    fn unfinished(&mut self) -> Vec<Vec<Work>> {
+        let mut work = vec![Vec::new(); self.replicas.len()];
+        for &x in &self.live {
+            let exchange = &self.exchanges[x];
+            let mut add = |attempt: &Attempt, heard: Moment, streaming: bool| {
+                let (kind, started) = (exchange.kind, attempt.began);
+                work[attempt.choice.backend()].push(Work { kind, started, heard, streaming });
+            };
+            match &exchange.state {
+                State::Attempting(attempt) => add(attempt, attempt.began, false),
+                State::Relaying(attempt) => {
+                    let heard = match (attempt.stalled, attempt.fate) {
+                        (Some(at), _) => at,
+                        (None, Fate::Answers { gap, .. }) => latest_token(attempt.stretch, gap, self.now),
+                        (None, Fate::Ends { .. }) => attempt.stretch,
+                    };
+                    if attempt.stalled.is_none() {
+                        self.gateway.silence.moved(attempt.choice.backend(), heard);
+                        self.rules.gave_token(attempt.choice.backend(), heard);
+                    }
+                    add(attempt, heard, true);
+                }
+                State::Overlooked(..) | State::Waiting { .. } | State::BackingOff | State::Ended => {}
+            }
+            if let Some(beside) = &exchange.beside {
+                add(beside, beside.began, false);
+            }
+        }
+        work
+    }
+
+    fn verify(&mut self, i: usize) {
+        let latest = self.verified[i];
+        if !self.plan.policies.health.probes || latest.is_some_and(|at| self.now.since(at) < VERIFY_TIMEOUT) {
+            return;
+        }
+        self.verified[i] = Some(self.now);
+        let silent = self.replicas[i].is_silent();
+        let after = if silent { VERIFY_TIMEOUT } else { Duration::from_millis(5) };
+        self.at(self.now + after, Event::Verified { backend: i, asked: self.now });
+    }
+
+    /// A first token is late: somebody else is asked as well, where that may be.
+    fn late(&mut self, x: usize, id: u64) {
+        let State::Attempting(first) = self.exchanges[x].state else { return };
+        if first.id != id {
+            return;
+        }
+        let due = first.began + self.gateway.silence.clocks().first_token(self.exchanges[x].kind);
+        if due > self.now {
+            return self.at(due, Event::Late { exchange: x, attempt: id });
+        }
+        self.rules.count("late");
+        if !self.replayable(x) || self.gateway.crowd.len() > 0 {
+            return;
+        }
+        let mut tried = self.exchanges[x].tried.clone();
+        tried.push(first.choice.backend());
+        let (paid, key) = (self.exchanges[x].paid, self.exchanges[x].key);
+        // Never somebody's trial: what is late already must not wait for a convalescent.
+        let Ok(choice) = self.gateway.pick(&tried, false, paid, key, Some(first.began), self.now) else {
+            return;
+        };
+        let owed = matches!(choice, Choice::Suspect(_)) && !paid;
+        let ratio = self.plan.policies.progress.hedge_ratio;
+        let requests = self.gateway.budget.requests(self.now);
+        let began = self.gateway.silence.hedges.begin(self.now, ratio, requests);
+        if !began || !self.gateway.budget.withdraw(self.now, &self.plan.policies.retry) {
+            if began {
+                self.gateway.silence.hedges.ended();
+            }
+            if owed {
+                self.gateway.budget.refund_suspect(self.now);
+            }
+            return self.rules.count("hedge refused");
+        }
+        let replayable = self.replayable(x);
+        self.rules.hedged(&self.plan.policies, replayable, self.now);
+        self.exchanges[x].hedges += 1;
+        let beside = self.send(x, choice, &tried, owed);
+        self.exchanges[x].beside = Some(beside);
+        let due = self.now + self.waits(x, &beside);
+        self.at(due, Event::Beside { exchange: x, attempt: beside.id });
+    }
+
+    /// The one beside has come to its end so: it is believed if it spoke, or if the first has failed.
+    fn beside_ends(&mut self, x: usize, facts: Facts) {
+        let Some(second) = self.exchanges[x].beside.take() else { return };
+        self.gateway.silence.hedges.ended();
+        self.rules.hedge_over();
+        match self.exchanges[x].state {
+            State::Attempting(first) if spoke(&facts) => {
+                self.rules.count("hedge won");
+                self.exchanges[x].epoch += 1;
+                self.exchanges[x].state = State::Attempting(second);
+                self.trial_shown(&first);
+                self.observe(first.choice.backend(), Observation::Silent);
+                let (kind, waited) = (self.exchanges[x].kind, self.now.since(first.began));
+                if facts.took >= self.gateway.silence.clocks().first_token(kind) {
+                    self.gateway.silence.cut_off(first.choice.backend(), kind, waited, self.now);
+                }
+                self.exchanges[x].history.sent += 1;
+                self.let_go(first);
+            }
+            State::Attempting(_) => {
+                self.rules.count("hedge lost");
+                return self.learn_aside(x, second, &facts);
+            }
+            State::Overlooked(first, failed) if spoke(&facts) => {
+                self.rules.count("hedge won");
+                self.exchanges[x].state = State::Attempting(second);
+                self.learn_aside(x, first, &failed);
+            }
+            State::Overlooked(first, failed) => {
+                self.rules.count("hedge lost");
+                self.exchanges[x].state = State::Attempting(first);
+                self.learn_aside(x, second, &facts);
+                return self.attempt_ends(x, first, failed);
+            }
+            State::Relaying(_) | State::Waiting { .. } | State::BackingOff | State::Ended => return,
+        }
+        match second.fate {
+            Fate::Answers { .. } if facts.answered => self.first_token(x, second),
+            _ => self.attempt_ends(x, second, facts),
+        }
+    }
+
+    /// An attempt that failed beside another.
+    fn learn_aside(&mut self, x: usize, failed: Attempt, facts: &Facts) {
+        self.book(x, facts);
+        self.trial_shown(&failed);
+        let verdict = verdict(facts);
+        self.learn(x, failed.choice.backend(), facts, verdict, Next::Failover, false);
+        self.exchanges[x].tried.push(failed.choice.backend());
+        self.let_go(failed);
+    }
+
+    /// A trial has shown what it will, or is lost.
+    fn trial_shown(&mut self, attempt: &Attempt) {
+        if let Choice::Trial(i) = attempt.choice
+            && !attempt.shown
+        {
+            self.rules.trial_over(i);
+        }
+    }
+
     fn rescue(&mut self, i: usize) {
-        for x in 0..self.exchanges.len() {
+        for x in self.live.clone() {
+            let here = |attempt: &Attempt| attempt.choice.backend() == i && attempt.began < self.now;
+            let beside = self.exchanges[x].beside.is_some_and(|beside| here(&beside));
+            if beside {
+                let facts = Facts { sent: true, ..Facts::new(Phase::Head, Cause::Rescued) };
+                self.beside_ends(x, facts);
+            }
             if let State::Attempting(attempt) = self.exchanges[x].state
                 && attempt.choice.backend() == i
                 && attempt.began < self.now
@@ -407,8 +700,16 @@ impl World {
             fresh: false,
             blamed: None,
             paid: false,
-            wait_until: None,
+            slot_until: None,
+            backend_until: None,
+            pause_after: None,
+            paced: false,
+            kind: kind_of(&request),
+            failed: None,
+            beside: None,
+            hedges: 0,
         });
+        self.live.insert(x);
         self.rules.count("exchange");
         self.rules.arrived(self.now);
         self.gateway.budget.deposit(self.now);
@@ -425,40 +726,145 @@ impl World {
     }
 
     fn choose(&mut self, x: usize) {
+        // Whoever arrives while others wait joins behind them.
+        let arrives = self.exchanges[x].history.attempts() == 0 && self.gateway.crowd.len() > 0;
+        let picked =
+            if arrives { Err(self.gateway.nobody(&self.exchanges[x].tried, self.now)) } else { self.pick(x) };
+        match picked {
+            Ok(choice) => self.attempt(x, choice),
+            Err(nobody) => self.found_nobody(x, nobody),
+        }
+    }
+
+    fn pick(&mut self, x: usize) -> Result<Choice, Nobody> {
         let replayable = self.replayable(x);
-        let (tried, key) = (self.exchanges[x].tried.clone(), self.exchanges[x].key);
-        let paid = self.exchanges[x].paid;
-        let nobody = match self.gateway.pick(&tried, replayable, paid, key, self.now) {
-            Ok(choice) => return self.attempt(x, choice),
-            Err(nobody) => nobody,
-        };
-        self.rules.nobody(&self.gateway, &tried, self.now);
+        let exchange = &self.exchanges[x];
+        let proven_since = exchange.failed.map(|_| exchange.began);
+        let (key, paid) = (exchange.key, exchange.paid);
+        let picked = self.gateway.pick(&exchange.tried, replayable, paid, key, proven_since, self.now);
+        if picked.is_err() {
+            self.rules.nobody(&self.gateway, &self.exchanges[x].tried, self.now);
+        }
+        picked
+    }
+
+    /// It waits, if that may be for something.
+    fn found_nobody(&mut self, x: usize, nobody: Nobody) {
         let Some(until) = self.may_wait(x, nobody) else { return self.end(x, end_of(nobody)) };
         self.rules.count("waits");
         self.note(|| format!("x{x}: waits, {nobody:?}"));
         if nobody == Nobody::AllTried {
-            self.rules.another_round(&self.gateway, &tried, self.now);
-            self.exchanges[x].rounds += 1;
-            let rounds = self.exchanges[x].rounds;
-            let pause = backoff(&self.plan.policies.retry, rounds, &mut self.gateway.rng);
-            let bound = self.plan.policies.retry.backoff_max;
-            self.rules.require(pause <= bound, "a pause is bounded", || format!("{pause:?}"));
-            self.exchanges[x].state = State::BackingOff;
-            return self.due_at(x, self.now + pause.min(until.since(self.now)));
+            return self.back_off(x, until);
         }
-        self.exchanges[x].state = State::Waiting { until };
-        self.waiters.push(x);
-        self.due_at(x, until);
+        let exchange = &self.exchanges[x];
+        let again = exchange.history.attempts() > 0;
+        let (priority, began) = (exchange.request.priority, again.then_some(exchange.began));
+        let length_max = self.gateway.queue_length_max(self.now);
+        match self.gateway.crowd.join(x, priority, began, (until, length_max), self.now) {
+            Ok(()) => {
+                self.rules.joined(x, priority, length_max);
+                self.exchanges[x].state = State::Waiting { until };
+                self.due_at(x, until);
+            }
+            Err(Full) => self.end(x, if again { end_of(nobody) } else { "nobody: queue full" }),
+        }
+    }
+
+    /// Everybody was tried: a pause before the next round.
+    fn back_off(&mut self, x: usize, until: Moment) {
+        let tried = self.exchanges[x].tried.clone();
+        self.rules.another_round(&self.gateway, &tried, self.now);
+        self.exchanges[x].rounds += 1;
+        let rounds = self.exchanges[x].rounds;
+        let pause = backoff(&self.plan.policies.retry, rounds, &mut self.gateway.rng);
+        let bound = self.plan.policies.retry.backoff_max;
+        self.rules.require(pause <= bound, "a pause is bounded", || format!("{pause:?}"));
+        self.exchanges[x].state = State::BackingOff;
+        self.due_at(x, self.now + pause.min(until.since(self.now)));
     }
 
     fn may_wait(&mut self, x: usize, nobody: Nobody) -> Option<Moment> {
-        let now = self.now;
-        let end = *self.exchanges[x].wait_until.get_or_insert(now + self.plan.policies.retry.wait_max);
-        match nobody {
-            _ if end <= now => None,
-            Nobody::Busy(Some(until)) if until > end => None,
-            Nobody::Busy(Some(until)) => Some(until.max(now + ALARM_TICK).min(end)),
-            Nobody::Busy(None) | Nobody::Down | Nobody::AllTried => Some(end),
+        let (now, policies) = (self.now, &self.plan.policies);
+        let exchange = &mut self.exchanges[x];
+        let (end, most) = match nobody {
+            Nobody::Full => (&mut exchange.slot_until, policies.queue.wait_max),
+            Nobody::Busy(_) | Nobody::Down | Nobody::AllTried => {
+                (&mut exchange.backend_until, policies.retry.wait_max)
+            }
+        };
+        let end = *end.get_or_insert(now + most);
+        if end <= now {
+            return None;
+        }
+        if let Nobody::Busy(until) = nobody {
+            let attempts = exchange.history.attempts();
+            let pauses_over = *exchange.pause_after.get_or_insert(attempts) < attempts;
+            if until > end || pauses_over {
+                return None;
+            }
+        }
+        Some(end)
+    }
+
+    // The line
+
+    /// Calls one after another, by `src/pool/line.rs`.
+    fn call(&mut self, look: bool) {
+        let mut in_vain = 0;
+        while let Some(called) = self.gateway.crowd.next(in_vain, self.now) {
+            let x = called.exchange;
+            match self.pick(x) {
+                Ok(choice) => {
+                    let paced = self.gateway.crowd.let_in(self.now);
+                    self.exchanges[x].paced = paced;
+                    self.rules.let_in(x, paced, self.now);
+                    self.attempt(x, choice);
+                    in_vain = 0;
+                }
+                Err(nobody) => {
+                    let full = nobody == Nobody::Full;
+                    match self.may_wait(x, nobody) {
+                        Some(until) if nobody == Nobody::AllTried => {
+                            self.rules.left(x);
+                            self.back_off(x, until);
+                        }
+                        Some(until) => {
+                            self.gateway.crowd.in_vain(called, until, look);
+                            if look {
+                                self.rules.pace_over();
+                            }
+                            self.exchanges[x].state = State::Waiting { until };
+                            self.due_at(x, until);
+                            in_vain += 1;
+                            if full {
+                                return;
+                            }
+                        }
+                        None => {
+                            self.rules.left(x);
+                            self.end(x, end_of(nobody));
+                        }
+                    }
+                }
+            }
+            if !look {
+                return;
+            }
+        }
+    }
+
+    /// Somebody who waits may find a backend now.
+    fn look_again(&mut self) {
+        if self.gateway.crowd.len() > 0 {
+            self.at(self.now, Event::Call { look: true });
+        }
+    }
+
+    fn backend_returned(&mut self) {
+        if self.gateway.crowd.len() > 0 {
+            self.gateway.crowd.backend_returned(self.now);
+            self.rules.backend_returned(self.now);
+            self.look_again();
         }
     }
 
@@ -470,13 +876,25 @@ impl World {
 
     fn due(&mut self, x: usize) {
         match self.exchanges[x].state {
+            State::Overlooked(..) => {}
             State::Waiting { until } => {
                 let now = self.now;
                 self.rules.require(now <= until, "no exchange waits beyond its clocks", || {
                     format!("x{x} at {now:?}")
                 });
-                self.waiters.retain(|waiter| *waiter != x);
-                self.choose(x);
+                let nobody = self.gateway.nobody(&self.exchanges[x].tried, now);
+                match self.may_wait(x, nobody) {
+                    // For something else by now.
+                    Some(until) if nobody != Nobody::AllTried => {
+                        self.gateway.crowd.stay(x, until);
+                        self.exchanges[x].state = State::Waiting { until };
+                        self.due_at(x, until);
+                    }
+                    _ => {
+                        self.leave_line(x);
+                        self.end(x, end_of(nobody));
+                    }
+                }
             }
             State::BackingOff => {
                 self.exchanges[x].tried.clear();
@@ -487,17 +905,36 @@ impl World {
                 Fate::Answers { .. } => self.first_token(x, attempt),
             },
             State::Relaying(attempt) => {
-                let Fate::Answers { breaks, .. } = attempt.fate else { return };
-                self.stream_ends(x, attempt, breaks.map(|(cause, _)| cause));
+                let broken = match attempt.fate {
+                    Fate::Answers { breaks, .. } => breaks.map(|(cause, _)| cause),
+                    Fate::Ends { facts, .. } => Some(facts.cause),
+                };
+                self.stream_ends(x, attempt, broken);
             }
             State::Ended => self.rules.require(false, "every exchange ends exactly once", || format!("x{x}")),
         }
     }
 
     fn attempt(&mut self, x: usize, choice: Choice) {
+        let owed = matches!(choice, Choice::Suspect(_)) && !self.exchanges[x].paid;
+        let tried = self.exchanges[x].tried.clone();
+        let attempt = self.send(x, choice, &tried, owed);
+        if self.exchanges[x].failed == Some(Cause::Rescued) {
+            self.rules.rescued_to(choice.backend(), self.now);
+            self.gateway.silence.spare(choice.backend(), self.exchanges[x].kind, self.now);
+        }
+        self.exchanges[x].state = State::Attempting(attempt);
+        let late = self.now + self.gateway.silence.clocks().first_token(self.exchanges[x].kind);
+        self.at(late, Event::Late { exchange: x, attempt: attempt.id });
+        let after = self.waits(x, &attempt);
+        self.due_at(x, self.now + after);
+    }
+
+    /// Sends the request to that backend.
+    fn send(&mut self, x: usize, choice: Choice, tried: &[usize], owed: bool) -> Attempt {
         let i = choice.backend();
         let exchange = &self.exchanges[x];
-        self.rules.begins(&self.gateway, choice, &exchange.tried, self.now);
+        self.rules.begins(&self.gateway, choice, tried, self.now);
         // Kept connections are there when the pool is in use, and not for what must not run twice.
         let reused = !exchange.fresh && self.replayable(x) && self.rng.bool();
         let in_flight = self.gateway.backends[i].in_flight;
@@ -507,19 +944,44 @@ impl World {
         let ailment = self.replicas[i].ailment;
         self.note(|| format!("x{x}: attempt at {choice:?}, which is {ailment:?}"));
         self.gateway.begin(i);
-        let owed = matches!(choice, Choice::Suspect(_)) && !self.exchanges[x].paid;
         if matches!(choice, Choice::Suspect(_)) {
             self.rules.asked_suspect(&self.plan.policies, owed, self.now);
         }
-        let attempt = Attempt { choice, began: self.now, fate, stretch: self.now, owed };
-        self.exchanges[x].state = State::Attempting(attempt);
-        let after = match fate {
+        self.attempts += 1;
+        Attempt {
+            id: self.attempts,
+            choice,
+            began: self.now,
+            fate,
+            stretch: self.now,
+            owed,
+            stalled: None,
+            shown: false,
+        }
+    }
+
+    /// How long it takes until something can be shown of it, or it has failed.
+    fn waits(&self, x: usize, attempt: &Attempt) -> Duration {
+        match attempt.fate {
             Fate::Ends { after, .. } => after,
             Fate::Answers { first, .. } if self.exchanges[x].request.streams => first,
             // Held until whole.
             Fate::Answers { first, gap, .. } => first + self.length(x, gap),
-        };
-        self.due_at(x, self.now + after);
+        }
+    }
+
+    /// What is known of it then.
+    fn facts_of(&self, x: usize, attempt: &Attempt) -> Facts {
+        let took = self.now.since(attempt.began);
+        let whole = !self.exchanges[x].request.streams;
+        match attempt.fate {
+            Fate::Ends { facts, .. } => facts,
+            Fate::Answers { breaks, .. } => {
+                let cause = breaks.filter(|_| whole).map_or(Cause::Answered, |(cause, _)| cause);
+                let phase = if whole { Phase::Body } else { Phase::Gate };
+                Facts { sent: true, answered: true, took, ..Facts::new(phase, cause) }
+            }
+        }
     }
 
     fn length(&self, x: usize, gap: Duration) -> Duration {
@@ -529,15 +991,14 @@ impl World {
     fn first_token(&mut self, x: usize, attempt: Attempt) {
         let Fate::Answers { first, gap, breaks } = attempt.fate else { return };
         let whole = !self.exchanges[x].request.streams;
-        let took = self.now.since(attempt.began);
+        let facts = self.facts_of(x, &attempt);
         let i = attempt.choice.backend();
-        if whole && let Some((cause, _)) = breaks {
-            let facts = Facts { sent: true, answered: true, took, ..Facts::new(Phase::Body, cause) };
-            return self.attempt_ends(x, attempt, facts);
+        if facts.cause == Cause::Answered {
+            self.gateway.saw_speed(i, Measure::FirstToken, attempt.began, first, self.now);
+            let kind = self.exchanges[x].kind;
+            self.gateway.silence.served(i, kind, attempt.began, facts.took);
+            self.rules.gave_token(i, self.now);
         }
-        self.gateway.saw_speed(i, Measure::FirstToken, attempt.began, first, self.now);
-        let phase = if whole { Phase::Body } else { Phase::Gate };
-        let facts = Facts { sent: true, answered: true, took, ..Facts::new(phase, Cause::Answered) };
         self.attempt_ends(x, attempt, facts);
         if whole {
             return;
@@ -555,6 +1016,18 @@ impl World {
 
     /// Facts are known: judge, decide, learn, act.
     fn attempt_ends(&mut self, x: usize, attempt: Attempt, facts: Facts) {
+        if let Some(beside) = self.exchanges[x].beside {
+            if !spoke(&facts) {
+                self.trial_shown(&attempt);
+                let attempt = Attempt { shown: true, ..attempt };
+                self.exchanges[x].state = State::Overlooked(attempt, facts);
+                self.exchanges[x].epoch += 1;
+                return;
+            }
+            self.rules.count("hedge lost");
+            self.drop_beside(x, beside);
+            self.exchanges[x].history.sent += 1;
+        }
         let i = attempt.choice.backend();
         let facts =
             Facts { serves_others: self.gateway.backends[i].health.serves(self.now, attempt.began), ..facts };
@@ -579,9 +1052,7 @@ impl World {
             self.gateway.budget.refund_suspect(self.now);
             self.rules.refunded();
         }
-        if matches!(attempt.choice, Choice::Trial(_)) {
-            self.rules.trial_over(i);
-        }
+        self.trial_shown(&attempt);
         self.learn(x, i, &facts, verdict, next, relays && whole);
         match next {
             Next::Relay if relays && !whole => {}
@@ -600,15 +1071,24 @@ impl World {
         }
     }
 
+    fn drop_beside(&mut self, x: usize, beside: Attempt) {
+        self.exchanges[x].beside = None;
+        self.gateway.silence.hedges.ended();
+        self.rules.hedge_over();
+        self.let_go(beside);
+    }
+
     fn book(&mut self, x: usize, facts: &Facts) {
         let exchange = &mut self.exchanges[x];
         exchange.stale += u32::from(facts.is_stale_connection());
         exchange.history.add(facts);
         exchange.paid = facts.sent && !facts.is_stale_connection();
+        exchange.failed = Some(facts.cause);
+        let hedged = exchange.hedges > 0;
         let (sent, unsent, stale) =
             (u32::from(exchange.history.sent), u32::from(exchange.history.unsent), exchange.stale);
         let members = exchange.history.members;
-        self.rules.attempts(&self.plan.policies, members, sent, stale, unsent);
+        self.rules.attempts(&self.plan.policies, members, (sent, stale, unsent), hedged);
     }
 
     fn decide(&mut self, x: usize, facts: &Facts, verdict: Verdict) -> Next {
@@ -651,6 +1131,24 @@ impl World {
         if observation == Observation::Fault {
             self.exchanges[x].blamed = Some(i);
         }
+        let in_flight = self.gateway.backends[i].in_flight;
+        match observation {
+            Observation::FirstToken => {
+                self.gateway.crowd.took_one(i, in_flight, self.now);
+                if std::mem::take(&mut self.exchanges[x].paced) {
+                    if let Some(pace) = &mut self.gateway.crowd.pace {
+                        pace.proven();
+                    }
+                    self.rules.paced_one_spoke();
+                    self.look_again();
+                }
+            }
+            Observation::Busy { .. } => {
+                self.gateway.crowd.refused_one(i, in_flight, self.now);
+                self.rules.refused(&self.gateway, i);
+            }
+            _ => {}
+        }
         self.observe(i, observation);
         if whole {
             self.observe(i, Observation::Success);
@@ -660,7 +1158,12 @@ impl World {
     fn stretch_over(&mut self, x: usize) {
         let State::Relaying(attempt) = self.exchanges[x].state else { return };
         let Fate::Answers { gap, .. } = attempt.fate else { return };
-        self.gateway.saw_speed(attempt.choice.backend(), Measure::TokenGap, attempt.stretch, gap, self.now);
+        let i = attempt.choice.backend();
+        self.gateway.saw_speed(i, Measure::TokenGap, attempt.stretch, gap, self.now);
+        self.gateway.silence.token_gap(gap, self.now);
+        let latest = latest_token(attempt.stretch, gap, self.now);
+        self.gateway.silence.moved(i, latest);
+        self.rules.gave_token(i, latest);
         self.exchanges[x].state = State::Relaying(Attempt { stretch: self.now, ..attempt });
         let epoch = self.exchanges[x].epoch;
         self.at(self.now + STRETCH, Event::Stretch { exchange: x, epoch });
@@ -681,6 +1184,9 @@ impl World {
             }
             None => {
                 self.gateway.saw_speed(i, Measure::TokenGap, attempt.stretch, gap, self.now);
+                self.gateway.silence.token_gap(gap, self.now);
+                self.gateway.silence.moved(i, self.now);
+                self.rules.gave_token(i, self.now);
                 (Observation::Success, "answered")
             }
         };
@@ -692,16 +1198,17 @@ impl World {
     }
 
     fn client_leaves(&mut self, x: usize) {
+        if let Some(beside) = self.exchanges[x].beside {
+            self.drop_beside(x, beside);
+        }
         match self.exchanges[x].state {
             State::Ended => return,
-            State::Attempting(attempt) => {
-                if matches!(attempt.choice, Choice::Trial(_)) {
-                    self.rules.trial_over(attempt.choice.backend());
-                }
+            State::Attempting(attempt) | State::Overlooked(attempt, _) => {
+                self.trial_shown(&attempt);
                 self.let_go(attempt);
             }
             State::Relaying(attempt) => self.let_go(attempt),
-            State::Waiting { .. } => self.waiters.retain(|waiter| *waiter != x),
+            State::Waiting { .. } => self.leave_line(x),
             State::BackingOff => {}
         }
         self.end(x, "client left");
@@ -715,47 +1222,68 @@ impl World {
         }
         self.gateway.release(i);
         self.rules.ends();
-        if !self.waiters.is_empty() {
-            let x = self.waiters.remove(0);
-            self.wake(x);
+        if self.gateway.crowd.len() > 0 {
+            self.at(self.now, Event::Call { look: false });
         }
     }
 
-    fn wake_all(&mut self) {
-        for x in std::mem::take(&mut self.waiters) {
-            self.wake(x);
-        }
-    }
-
-    /// Looks again as soon as whoever woke it is done.
-    fn wake(&mut self, x: usize) {
-        if let State::Waiting { .. } = self.exchanges[x].state {
-            self.due_at(x, self.now);
-        }
+    fn leave_line(&mut self, x: usize) {
+        let waited = self.gateway.crowd.leave(x);
+        self.rules.require(waited, "whoever waits has a place", || format!("x{x}"));
+        self.rules.left(x);
     }
 
     fn end(&mut self, x: usize, how: &'static str) {
         self.note(|| format!("x{x}: {how}"));
         self.rules.count(how);
+        if how == "answered" {
+            self.rules.count(match self.exchanges[x].request.priority {
+                Priority::High => "answered, high",
+                Priority::Normal => "answered, normal",
+                Priority::Low => "answered, low",
+            });
+        }
         let twice = matches!(self.exchanges[x].state, State::Ended);
         self.rules.require(!twice, "every exchange ends exactly once", || format!("x{x}: {how}"));
         let exchange = &mut self.exchanges[x];
         exchange.state = State::Ended;
         exchange.epoch += 1;
         self.ended += 1;
+        self.live.remove(&x);
         // Attempts up to the first token, connections and the waiting for backends all have clocks.
         let clocks = &self.plan.policies.clocks;
         let attempts = exchange.history.attempts() + 1;
         let most = (clocks.first_token + clocks.connect + clocks.stream) * attempts
-            + self.plan.policies.retry.wait_max;
+            + self.plan.policies.retry.wait_max
+            + self.plan.policies.queue.wait_max;
         let took = self.now.since(exchange.began);
         self.rules
             .require(took <= most, "no exchange waits beyond its clocks", || format!("x{x} took {took:?}"));
     }
 }
 
+/// Whether an answer came that may be shown (`src/proxy/hedge.rs`).
+fn spoke(facts: &Facts) -> bool {
+    match verdict(facts) {
+        Verdict::Success => true,
+        Verdict::Neutral => facts.cause.is_answer(),
+        Verdict::Fault | Verdict::Busy | Verdict::Misconfigured | Verdict::Cancelled => false,
+    }
+}
+
+/// Streams and answers in one piece are told apart, and prompts by their length, which first tokens follow.
+fn kind_of(request: &Request) -> Kind {
+    Kind::of(usize::from(request.streams), (request.first_token.as_secs_f64() * 131_072.0) as u64)
+}
+
+fn latest_token(first: Moment, gap: Duration, now: Moment) -> Moment {
+    let tokens = now.since(first).as_nanos() / gap.as_nanos().max(1);
+    first + gap * u32::try_from(tokens).unwrap_or(u32::MAX)
+}
+
 fn end_of(nobody: Nobody) -> &'static str {
     match nobody {
+        Nobody::Full => "nobody: full",
         Nobody::Busy(_) => "nobody: busy",
         Nobody::Down => "nobody: down",
         Nobody::AllTried => "nobody: all tried",

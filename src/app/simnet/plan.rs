@@ -145,7 +145,7 @@ const MS: fn(u64) -> Duration = Duration::from_millis;
 impl Plan {
     pub(super) fn new(seed: u64) -> Self {
         let scenario = Scenario::of(seed);
-        let mut rng = fastrand::Rng::with_seed(seed ^ 0x5EED_0F_A11_4E7);
+        let mut rng = fastrand::Rng::with_seed(seed ^ 0x5EED_0FA1_14E7);
         let skin = [Skin::Vllm, Skin::Sglang, Skin::LlamaCpp, Skin::Generic][rng.usize(..4)];
         let lan = |rng: &mut fastrand::Rng| Conditions {
             latency: MS(rng.u64(0..=2)),
@@ -193,7 +193,7 @@ impl Plan {
         match self.scenario {
             Scenario::Calm => {}
             Scenario::Partition => {
-                self.from_to(
+                self.lasts(
                     sick,
                     begins,
                     heals,
@@ -203,7 +203,7 @@ impl Plan {
             }
             Scenario::OneWay => {
                 let heard = rng.bool();
-                self.from_to(
+                self.lasts(
                     sick,
                     begins,
                     heals,
@@ -235,7 +235,7 @@ impl Plan {
                     }
                 };
                 let well = self.links[sick];
-                self.from_to(
+                self.lasts(
                     sick,
                     begins,
                     heals,
@@ -245,7 +245,7 @@ impl Plan {
             }
             Scenario::SilentConnects | Scenario::Refusals => {
                 let door = if self.scenario == Scenario::Refusals { Door::Shut } else { Door::Silent };
-                self.from_to(sick, begins, heals, Trouble::Door(sick, door), Trouble::Door(sick, Door::Open));
+                self.lasts(sick, begins, heals, Trouble::Door(sick, door), Trouble::Door(sick, Door::Open));
             }
             Scenario::Breaks => {
                 let second = (sick + 1) % BACKENDS;
@@ -253,7 +253,7 @@ impl Plan {
                 for i in [Some(sick), both.then_some(second)].into_iter().flatten() {
                     let end = if rng.bool() { End::Closed } else { End::Reset };
                     let upto = [1, 20, 400, 8_000][rng.usize(..4)];
-                    self.from_to(
+                    self.lasts(
                         i,
                         begins,
                         heals,
@@ -283,15 +283,11 @@ impl Plan {
                     let at = begins + MS(rng.u64(0..300));
                     let back = heals + MS(rng.u64(0..3_000));
                     match how {
-                        0 => self.from_to(i, at, back, Trouble::Kill(i), Trouble::Start(i, false)),
-                        1 => self.from_to(
-                            i,
-                            at,
-                            back,
-                            Trouble::Open(i, [false; 2]),
-                            Trouble::Open(i, [true; 2]),
-                        ),
-                        _ => self.from_to(
+                        0 => self.lasts(i, at, back, Trouble::Kill(i), Trouble::Start(i, false)),
+                        1 => {
+                            self.lasts(i, at, back, Trouble::Open(i, [false; 2]), Trouble::Open(i, [true; 2]))
+                        }
+                        _ => self.lasts(
                             i,
                             at,
                             back,
@@ -313,7 +309,7 @@ impl Plan {
         self.trouble.push((at, what));
     }
 
-    fn from_to(&mut self, i: usize, from: Duration, to: Duration, worse: Trouble, better: Trouble) {
+    fn lasts(&mut self, i: usize, from: Duration, to: Duration, worse: Trouble, better: Trouble) {
         self.happens(i, from, worse);
         self.happens(i, to, better);
     }

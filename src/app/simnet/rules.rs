@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 use super::client::Verdict;
-use super::plan::{Plan, Scenario, Trouble};
+use super::plan::{BACKENDS, Plan, Scenario, Trouble};
 use super::world::{Exchange, Told};
 use crate::net::simulated::Door;
 
@@ -53,6 +53,8 @@ fn bounds(plan: &Plan, exchange: &Exchange) -> Bounds {
     // To begin anew elsewhere, and to say again what the client has.
     let again = links(plan) + plan.first_token + exchange.lasts;
     let (first, gap) = match plan.scenario {
+        // Probes that are too slow pass for failures until traffic proves them wrong.
+        Scenario::Latency if !(0..BACKENDS).all(|i| plan.probes_fit(i)) => (WAIT, Duration::ZERO),
         Scenario::Calm | Scenario::Latency => (Duration::ZERO, Duration::ZERO),
         Scenario::SilentConnects => (CONNECT, Duration::ZERO),
         // Who is known to be out is left, also by what waits there.
@@ -60,11 +62,17 @@ fn bounds(plan: &Plan, exchange: &Exchange) -> Bounds {
         Scenario::RestartStorm => (WAIT + again, WAIT + again),
         // Suspicion, proof, and anew elsewhere; what comes meanwhile may meet the connect clock instead.
         Scenario::Partition | Scenario::OneWay => {
-            ((late + VERIFY).max(CONNECT) + again, silent + VERIFY + again)
+            let silent = if plan.known { silent + VERIFY } else { PATIENCE };
+            ((late + VERIFY).max(CONNECT) + again, silent + again)
         }
         Scenario::SlowLink => (late + VERIFY + CONNECT + again, silent + VERIFY + CONNECT + again),
-        Scenario::HalfOpen => (late.max(PATIENCE) + CONNECT + again, PATIENCE + CONNECT + again),
-        Scenario::AllDown => (late + VERIFY + 3 * CONNECT + WAIT + again, PATIENCE + secs(100)),
+        // What goes on elsewhere may meet a dead connection there, too.
+        Scenario::HalfOpen if plan.sick == [true; BACKENDS] => {
+            (2 * (late.max(PATIENCE) + again), 2 * (PATIENCE + again))
+        }
+        Scenario::HalfOpen => (late.max(PATIENCE) + again, PATIENCE + again),
+        // Of a stream that nobody can go on with, the wait is as long as there is hope.
+        Scenario::AllDown => (late + VERIFY + 3 * CONNECT + WAIT + again, PATIENCE + secs(15)),
     };
     let pace = Duration::from_secs_f64(2.0 / plan.tokens_per_second);
     Bounds { first: healthy(plan, exchange) + first + TICKS, gap: gap + links(plan) + pace + TICKS }
@@ -103,7 +111,9 @@ fn judge(plan: &Plan, exchange: &Exchange) -> Result<(), String> {
             refused(plan, exchange)
         }
         // Whose connections all died at once looks like a pool that is down.
-        Some(Verdict::ErrorEvent(_)) if plan.scenario == Scenario::HalfOpen && plan.sick == [true; 3] => {
+        Some(Verdict::Refused(..) | Verdict::ErrorEvent(_))
+            if plan.scenario == Scenario::HalfOpen && plan.sick == [true; BACKENDS] =>
+        {
             Ok(())
         }
         Some(Verdict::Refused(..) | Verdict::ErrorEvent(_)) => {
@@ -129,8 +139,11 @@ fn refused(plan: &Plan, exchange: &Exchange) -> Result<(), String> {
         return Err("it failed, and a backend was back for two seconds".to_owned());
     }
     let at_most = match exchange.nobody {
-        // Who is let try a backend that does not answer may have waited before.
-        true => WAIT + CONNECT + Duration::from_millis(500) + links(plan),
+        // Who is let try one that does not even refuse meets the connect clock, at each.
+        true if plan.trouble.iter().any(|(_, what)| matches!(what, Trouble::Open(..))) => {
+            WAIT + 3 * CONNECT + TICKS + links(plan)
+        }
+        true => WAIT + TICKS + links(plan),
         false => bounds(plan, exchange).first,
     };
     if matches!(exchange.verdict, Some(Verdict::Refused(..))) && exchange.took > at_most {

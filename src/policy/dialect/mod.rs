@@ -40,6 +40,6 @@ pub use event::{
     Choices, EventFacts, EventReader, Finish, InvalidEvent, StreamProgress, Text, TextKind, read_event,
 };
 pub use grpc::{grpc_class, grpc_message, grpc_status};
-pub use question::{BadReply, Question, check_reply};
+pub use question::{BadReply, Question, answer_text, check_reply};
 pub use rejection::{Rejection, error_body, error_event};
 pub use request::{RequestFacts, request_facts};

@@ -123,7 +123,7 @@ pub fn check_reply(
         return Err(if busy { BadReply::Busy(status) } else { BadReply::Status(status) });
     }
     check_answer(endpoint, status, body).map_err(BadReply::Answer)?;
-    let text = text(endpoint, body).unwrap_or_default();
+    let text = answer_text(endpoint, body).unwrap_or_default();
     if let Some(expect) = expect {
         let came = text.trim_start();
         return match came.starts_with(expect.trim_start()) {
@@ -135,8 +135,8 @@ pub fn check_reply(
     if said || !text.is_empty() || tokens(body) > 0 { Ok(()) } else { Err(BadReply::NoToken) }
 }
 
-/// The text of the first choice.
-fn text(endpoint: Endpoint, body: &[u8]) -> Option<String> {
+/// The text of the first choice of a whole answer.
+pub fn answer_text(endpoint: Endpoint, body: &[u8]) -> Option<String> {
     let path: &[&[&str]] = match endpoint {
         Endpoint::ChatCompletions => &[&["choices", "0", "message", "content"]],
         Endpoint::Completions => &[&["choices", "0", "text"], &["content"]],

@@ -39,6 +39,11 @@ impl Doubling {
     }
 }
 
+/// `base`, doubled so many `times`, at most `max`.
+pub(super) fn doubled(base: Duration, times: u32, max: Duration) -> Duration {
+    base.saturating_mul(1u32.checked_shl(times).unwrap_or(u32::MAX)).min(max)
+}
+
 /// A duration less a random part of at most `share`.
 pub(super) fn shortened(whole: Duration, share: f64, rng: &mut fastrand::Rng) -> Duration {
     whole.mul_f64((1.0 - share * rng.f64()).clamp(0.0, 1.0)).min(whole)

@@ -25,11 +25,13 @@ mod admin;
 mod ejection;
 mod parameters;
 mod probing;
+mod quarantine;
 mod transition;
 mod window;
 
 pub use admin::{Administrative, Panic, may_receive};
 pub use parameters::HealthPolicy;
+pub use quarantine::{Confinement, Quarantine};
 pub use transition::{EjectReason, KeptBecause, Transition};
 
 use super::Moment;
@@ -320,10 +322,8 @@ impl Health {
                 self.served_in_a_row = 0;
                 self.failed(policy, now, peers, rng)
             }
-            Observation::Busy { until } => {
-                self.free_trial();
-                self.is_busy(policy, now, until, rng)
-            }
+            // A trial that taught nothing is over when it is abandoned: this may be about earlier work.
+            Observation::Busy { until } => self.is_busy(policy, now, until, rng),
             Observation::Misconfigured => self.remove(policy, now, EjectReason::Misconfigured, peers, rng),
             // One may be an accident of its own; a trial must do better.
             Observation::Silent => {
@@ -333,10 +333,7 @@ impl Health {
                 }
                 self.observe(policy, now, Observation::Fault, peers, rng)
             }
-            Observation::Neutral => {
-                self.free_trial();
-                None
-            }
+            Observation::Neutral => None,
         }
     }
 

@@ -72,7 +72,7 @@ pub struct Verified {
 /// A backend that stands still.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Standstill {
-    /// Its latest sign of life.
+    /// Its latest sign of life; when its oldest unfinished work began, if that was later.
     pub since: Moment,
     /// Attempts that are late.
     pub late: usize,
@@ -99,7 +99,8 @@ pub fn standstill(
     peers: &impl Evidence,
     now: Moment,
 ) -> Option<Standstill> {
-    let since = work.iter().filter(|w| w.streaming).map(|w| w.heard).fold(moved, Moment::max);
+    let idle_until = work.iter().map(|w| w.started).min()?;
+    let since = work.iter().filter(|w| w.streaming).map(|w| w.heard).fold(moved.max(idle_until), Moment::max);
     let late = || work.iter().filter(|w| w.is_late(clocks, now));
     // One that is late while others move is an accident of its own.
     if !late().any(|w| now.since(since) >= w.clock(clocks)) {
@@ -284,6 +285,11 @@ mod tests {
         assert_eq!(asked(1_400, true), None);
         // A probe from before the silence is no news.
         assert_eq!(asked(900, false), None);
+        // Nor is one from before there was anything to be silent about.
+        let found = look(&[waiting(5_000)], 1_000, &Peers::default(), 7_500).unwrap();
+        let asked =
+            |asked| found.proof(Some(Verified { asked: at(asked), ended: at(6_000), answered: false }));
+        assert_eq!((found.since, asked(4_999), asked(5_000)), (at(5_000), None, Some(Proof::Unanswered)));
     }
 
     proptest! {

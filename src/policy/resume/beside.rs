@@ -16,7 +16,7 @@ use super::{Abandon, Fed, Leg, Plan, Refused, Splice, Strategy};
 use crate::policy::dialect::Engine;
 
 /// See the head of this file.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Beside {
     leg: Leg,
     /// Bytes of text that the client had when it was planned; only a continuation minds.

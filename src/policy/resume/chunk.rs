@@ -1,4 +1,5 @@
-//! One chunk of an OpenAI stream, as far as a splice must understand it: spans, and no copies.
+//! What one event of a stream says, as far as a splice must understand it: spans, and no copies. Here too the reader of
+//! OpenAI's chunks; those of other APIs are beside it (`wire.rs`).
 //!
 //! The whole text is validated. What a delta says is put into the order in which it is meant (thinking,
 //! answer, refusal, tool calls; the name of a tool before its arguments), because the members of an object
@@ -24,6 +25,12 @@ pub(super) enum Channel {
     ToolName(u32),
     /// The arguments of the tool call of this index.
     ToolArguments(u32),
+    /// Text of the block of this index, where answers are told in blocks.
+    Block(u32),
+    /// Thinking of the block of this index.
+    Thought(u32),
+    /// No text: what opens and closes something; see [`Chunk::mark`].
+    Mark,
 }
 
 /// Names of the thinking, each a bit of [`Channel::Reasoning`]. vLLM has sent the same text under both.
@@ -70,6 +77,15 @@ pub(super) struct Chunk<'a> {
     pub(super) details: u64,
     /// It says something that is not understood here.
     pub(super) unknown: bool,
+    /// It opens or closes something, before its texts: told once and whole, and the same of every leg if these words
+    /// are. Each ends in a NUL.
+    pub(super) mark: Option<String>,
+    /// The mark may not be said twice in a row: what it marks is random, and cannot be put together from two legs.
+    pub(super) once: bool,
+    /// It is the end of the stream, behind or with its finish.
+    pub(super) done: bool,
+    /// The type of the event, where that is told.
+    pub(super) kind: Option<&'a [u8]>,
 }
 
 impl<'a> Chunk<'a> {
@@ -196,7 +212,7 @@ impl<'a> Chunk<'a> {
         Ok(())
     }
 
-    fn say(&mut self, channel: Channel, value: Value<'a>, call: usize) {
+    pub(super) fn say(&mut self, channel: Channel, value: Value<'a>, call: usize) {
         if value.is_blank() {
             return;
         }
@@ -209,7 +225,7 @@ impl<'a> Chunk<'a> {
 fn order(said: &Said<'_>) -> (usize, u8) {
     match said.channel {
         Channel::Reasoning(_) => (0, 0),
-        Channel::Content => (0, 1),
+        Channel::Content | Channel::Block(_) | Channel::Thought(_) | Channel::Mark => (0, 1),
         Channel::Refusal => (0, 2),
         Channel::ToolName(_) => (said.call, 3),
         Channel::ToolArguments(_) => (said.call, 4),

@@ -89,6 +89,8 @@ fn delivered(journal: &Journal) -> Result<&str, Refused> {
             Channel::Reasoning(_) => return Err(Refused::Reasoning),
             Channel::ToolName(_) | Channel::ToolArguments(_) => return Err(Refused::ToolsBegun),
             Channel::Refusal => return Err(Refused::Refusal),
+            // Only replayed.
+            Channel::Block(_) | Channel::Thought(_) | Channel::Mark => return Err(Refused::Engine),
         }
     }
     let text = std::str::from_utf8(journal.text()).map_err(|_| Refused::Unreadable)?;
@@ -248,7 +250,7 @@ impl<'a> Asked<'a> {
 }
 
 /// What the first new text of a continuation is judged by.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Seam {
     /// Beginnings of what the engine was given; new text that begins so is no new text.
     echoes: Vec<Vec<u8>>,

@@ -7,13 +7,14 @@
 //! Invariant: text is only ever added, and only what was or is about to be given to the client.
 
 use super::chunk::{Channel, Chunk};
+use super::wire::Wire;
 use crate::policy::json::{Value, string_end};
 
 /// Frames larger than this are read anew each time: with log probabilities no two are alike.
 const FRAME_BYTES_MAX: usize = 1024;
 
 /// The members that must stay what they were, as written in the first event that had them.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Identity {
     pub(super) id: Option<Box<[u8]>>,
     pub(super) created: Option<Box<[u8]>>,
@@ -22,7 +23,7 @@ pub(super) struct Identity {
 }
 
 /// A tool call that the client knows.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Call {
     index: u32,
     id: Box<[u8]>,
@@ -38,7 +39,7 @@ struct Run {
 }
 
 /// See the head of this file.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Journal {
     text: Vec<u8>,
     runs: Vec<Run>,
@@ -65,7 +66,7 @@ pub(super) struct Journal {
 }
 
 /// The last event with one text and nothing else of interest: the next is likely to differ only in that.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Frame {
     data: Vec<u8>,
     /// Between the quotes.
@@ -77,7 +78,7 @@ struct Frame {
 
 impl Journal {
     /// Takes note of an event that the client was given as it is.
-    pub(super) fn observe(&mut self, data: &[u8], bytes_max: usize) {
+    pub(super) fn observe(&mut self, wire: Wire, data: &[u8], bytes_max: usize) {
         if self.overflow || self.unreadable || self.observe_like_last(data, bytes_max) {
             return;
         }
@@ -86,7 +87,7 @@ impl Journal {
             self.done = true;
             return;
         }
-        let Ok(chunk) = Chunk::read(data) else {
+        let Ok(chunk) = wire.read(data) else {
             self.unreadable = true;
             return;
         };
@@ -95,6 +96,10 @@ impl Journal {
             return;
         }
         self.introduce(&chunk);
+        if let Some(mark) = &chunk.mark {
+            self.unreadable |= self.repeats(&chunk);
+            self.append(Channel::Mark, mark.as_bytes(), bytes_max);
+        }
         for said in &chunk.said {
             match said.value.as_str() {
                 Some(text) => self.append(said.channel, text.as_bytes(), bytes_max),
@@ -134,6 +139,7 @@ impl Journal {
     fn remember(&mut self, data: &[u8], chunk: &Chunk<'_>) {
         let [said] = &chunk.said[..] else { return };
         let plain = said.mirror.is_none()
+            && chunk.mark.is_none()
             && chunk.finish.is_none()
             && chunk.usage.is_none()
             && chunk.calls.iter().all(|call| call.id.is_none());
@@ -168,6 +174,7 @@ impl Journal {
     pub(super) fn count(&mut self, chunk: &Chunk<'_>, base: Option<u64>) {
         self.details += chunk.details;
         self.finished |= chunk.finish.is_some_and(|finish| finish.is_good());
+        self.done |= chunk.done && self.finished;
         let number = |name| chunk.usage.and_then(|usage| usage.get(name)).and_then(|count| count.as_u64());
         if base == Some(0) && self.prompt_tokens.is_none() {
             self.prompt_tokens = number("prompt_tokens");
@@ -178,6 +185,11 @@ impl Journal {
             self.text_tokens =
                 number("completion_tokens").zip(base).map(|(new, base)| new.saturating_add(base));
         }
+    }
+
+    /// Whether a chunk says again, and behind itself, what may be said once only.
+    pub(super) fn repeats(&self, chunk: &Chunk<'_>) -> bool {
+        chunk.once && chunk.mark.as_ref().is_some_and(|mark| self.text.ends_with(mark.as_bytes()))
     }
 
     /// Adds a text.
@@ -259,6 +271,11 @@ pub(super) struct Cursor {
 pub(super) struct Differs;
 
 impl Cursor {
+    /// Bytes that were said again.
+    pub(super) fn passed(&self) -> usize {
+        self.at
+    }
+
     /// Whether all was said again.
     pub(super) fn is_through(&self, journal: &Journal) -> bool {
         self.at == journal.text.len()

@@ -19,6 +19,7 @@
 //! cannot go on. Events are bounded and judged by the caller's reader too; an engine's error abandons a leg.
 //! docs/adr/0017-resume.md lists each guard with the test that fails without it.
 
+mod anthropic;
 mod beside;
 mod chunk;
 mod continuation;
@@ -26,8 +27,10 @@ mod edit;
 mod journal;
 #[cfg(test)]
 mod model;
+mod ollama;
 #[cfg(test)]
 mod tests;
+mod wire;
 
 use std::borrow::Cow;
 use std::fmt;
@@ -40,9 +43,10 @@ use self::chunk::{Channel, Chunk};
 use self::continuation::{Seam, Verdict, continuation};
 use self::edit::Edits;
 use self::journal::{Cursor, Journal};
+use self::wire::{Framing, Wire};
 use super::dialect::{Endpoint, Engine, request_facts};
 use super::json::{Value, write_string};
-use crate::sse::{Decoder, Event, write_event};
+use crate::sse::{Event, write_event};
 
 /// A leg's event larger than this is not waited for. The caller's own bound is lower, and configured; this
 /// one only keeps a caller without one from growing without end.
@@ -87,11 +91,19 @@ pub struct ResumePolicy {
     /// What is noted of one stream, in bytes; beyond it the stream goes on and cannot be resumed. Default
     /// 256 KiB, some 60,000 tokens.
     pub journal_bytes_max: usize,
+    /// Whether a peer is asked when a replica says one token over and over. Default true.
+    pub second_opinion: bool,
 }
 
 impl Default for ResumePolicy {
     fn default() -> Self {
-        Self { mode: ResumeMode::Best, resumes_max: 2, replay_tokens_max: 4096, journal_bytes_max: 256 << 10 }
+        Self {
+            mode: ResumeMode::Best,
+            resumes_max: 2,
+            replay_tokens_max: 4096,
+            journal_bytes_max: 256 << 10,
+            second_opinion: true,
+        }
     }
 }
 
@@ -155,7 +167,7 @@ impl Strategy {
 pub enum NotArmed {
     /// `mode = "off"`.
     Off,
-    /// Only chat completions and completions are.
+    /// Its streams cannot be spliced, or came framed in another way than the API's.
     Endpoint,
     /// No JSON object, as far as was looked.
     Body,
@@ -325,9 +337,10 @@ pub struct Fed {
 }
 
 /// One client stream over all its legs.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Splice {
     endpoint: Endpoint,
+    wire: Wire,
     policy: ResumePolicy,
     journal: Journal,
     withdrawn: SmallVec<[Strategy; 2]>,
@@ -336,6 +349,8 @@ pub struct Splice {
     /// For the leg that was planned last, if it continues.
     seam: Option<Seam>,
     leg: Option<Leg>,
+    /// Bytes that the last replay had repeated when it differed.
+    repeated: usize,
     /// A leg that is begun while `leg`, or the first, still speaks.
     beside: Option<Beside>,
     /// Bytes of text when that was planned.
@@ -343,25 +358,25 @@ pub struct Splice {
 }
 
 /// A leg after the first.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Leg {
-    decoder: Decoder,
+    framing: Framing,
     told: Told,
 }
 
 impl Leg {
     fn held(&self) -> usize {
-        self.decoder.pending().len() + self.told.held()
+        self.framing.pending() + self.told.held()
     }
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Told {
     spoke: bool,
     way: Way,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 enum Way {
     Replay(Cursor),
     Continue {
@@ -380,9 +395,7 @@ impl Splice {
         if policy.mode == ResumeMode::Off {
             return Err(NotArmed::Off);
         }
-        if !matches!(endpoint, Endpoint::ChatCompletions | Endpoint::Completions) {
-            return Err(NotArmed::Endpoint);
-        }
+        let Some(wire) = Wire::of(endpoint) else { return Err(NotArmed::Endpoint) };
         let facts = request_facts(endpoint, body).map_err(|_| NotArmed::Body)?;
         if !facts.stream {
             return Err(NotArmed::NotAStream);
@@ -395,21 +408,28 @@ impl Splice {
         }
         Ok(Self {
             endpoint,
+            wire,
             policy: *policy,
             journal: Journal::default(),
             withdrawn: SmallVec::new(),
             resumes: 0,
             seam: None,
             leg: None,
+            repeated: 0,
             beside: None,
             planned_at: 0,
         })
     }
 
+    /// Whether its legs must tell their events by lines.
+    pub fn is_lines(&self) -> bool {
+        self.wire.is_lines()
+    }
+
     /// Leg 1: the data of each event that was forwarded unchanged (`[DONE]` included). The event must be
     /// valid JSON, as the caller found it.
     pub fn observe(&mut self, data: &[u8]) {
-        self.journal.observe(data, self.policy.journal_bytes_max);
+        self.journal.observe(self.wire, data, self.policy.journal_bytes_max);
     }
 
     /// Bytes it holds, for the process-wide memory bound.
@@ -466,7 +486,8 @@ impl Splice {
                 Way::Continue { seam: self.seam.take(), waiting: Vec::new(), base: self.journal.text_tokens }
             }
         };
-        self.leg = Some(Leg { decoder: Decoder::new(EVENT_BYTES_MAX), told: Told { spoke: false, way } });
+        self.leg =
+            Some(Leg { framing: Framing::new(self.wire, EVENT_BYTES_MAX), told: Told { spoke: false, way } });
     }
 
     /// Leg ≥ 2: raw bytes of whole events of the new leg; what the client gets of them is appended to `out`.
@@ -474,10 +495,10 @@ impl Splice {
     /// An error means: abandon this leg. What `out` got before it, in this call too, was verified, counts as
     /// delivered and must be forwarded; nothing else of the leg will be. Comments are dropped.
     pub fn feed(&mut self, raw: &[u8], out: &mut Vec<u8>) -> Result<Fed, Abandon> {
-        let Some(Leg { mut decoder, mut told }) = self.leg.take() else { return Err(Abandon::NoLeg) };
+        let Some(Leg { mut framing, mut told }) = self.leg.take() else { return Err(Abandon::NoLeg) };
         let spoke_before = told.spoke;
         let mut result = Ok(());
-        let read = decoder.feed(raw, |event| {
+        let read = framing.feed(raw, |event| {
             result = self.take(&mut told, &event, out);
             if result.is_err() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         });
@@ -487,7 +508,7 @@ impl Splice {
         result?;
         read.map_err(|_| Abandon::Unreadable)?;
         let fed = Fed { spoke: told.spoke, finished: self.journal.finished };
-        self.leg = Some(Leg { decoder, told });
+        self.leg = Some(Leg { framing, told });
         Ok(fed)
     }
 
@@ -497,6 +518,21 @@ impl Splice {
         if self.journal.finished && !self.journal.done {
             self.write_done(out);
         }
+    }
+
+    /// Text that the client holds or is about to get, from byte `from` on.
+    pub fn text_from(&self, from: usize) -> &[u8] {
+        self.journal.text().get(from..).unwrap_or_default()
+    }
+
+    /// How far into that text the leg that was abandoned last had repeated it.
+    pub fn repeated(&self) -> usize {
+        self.repeated
+    }
+
+    /// Whether the answer has ended well.
+    pub fn is_finished(&self) -> bool {
+        self.journal.finished
     }
 
     /// Whether the terminator was written.
@@ -534,10 +570,17 @@ impl Splice {
             self.write_done(out);
             return Ok(());
         }
-        let chunk = Chunk::read(event.data).map_err(|_| Abandon::Unreadable)?;
+        let chunk = self.wire.read(event.data).map_err(|_| Abandon::Unreadable)?;
         if chunk.error || event.name == Some(b"error") || chunk.finish.is_some_and(|finish| !finish.is_good())
         {
             return Err(Abandon::Failed);
+        }
+        if chunk.done && chunk.finish.is_none() {
+            if !self.journal.finished {
+                return Err(Abandon::EndedEarly);
+            }
+            self.write_done(out);
+            return Ok(());
         }
         let Some(choices) = chunk.choices else { return Err(Abandon::Unreadable) };
         if choices > 1 || chunk.index != 0 {
@@ -568,16 +611,25 @@ impl Splice {
         let texts = texts(chunk)?;
         let mut edits = Edits::default();
         let mut news: SmallVec<[usize; 2]> = SmallVec::from_elem(0, texts.len());
+        let mut had_mark = false;
         if told.spoke {
             self.journal.unreadable |= chunk.unknown;
         } else {
             if chunk.unknown {
                 return Err(Abandon::Unreadable);
             }
+            if let Some(mark) = &chunk.mark {
+                let passed = cursor.pass(&self.journal, Channel::Mark, mark.as_bytes());
+                had_mark = match passed.map_err(|_| Abandon::Diverged)? {
+                    0 => false,
+                    all if all == mark.len() => true,
+                    _ => return Err(Abandon::Diverged),
+                };
+            }
             for ((said, text), from) in chunk.said.iter().zip(&texts).zip(&mut news) {
-                *from = cursor
-                    .pass(&self.journal, said.channel, text.as_bytes())
-                    .map_err(|_| Abandon::Diverged)?;
+                let passed = cursor.pass(&self.journal, said.channel, text.as_bytes());
+                self.repeated = cursor.passed();
+                *from = passed.map_err(|_| Abandon::Diverged)?;
                 if *from > 0 {
                     let rest = quoted(text.get(*from..).unwrap_or_default());
                     for value in [Some(said.value), said.mirror].into_iter().flatten() {
@@ -591,8 +643,9 @@ impl Splice {
             }
             let details = cursor.details;
             cursor.details += chunk.details;
-            let swallowed = news.iter().any(|&from| from > 0);
-            let silent = texts.iter().zip(&news).all(|(text, &from)| from == text.len());
+            let swallowed = had_mark || news.iter().any(|&from| from > 0);
+            let texts_said = texts.iter().zip(&news).all(|(text, &from)| from == text.len());
+            let silent = texts_said && (had_mark || chunk.mark.is_none());
             if silent && chunk.finish.is_none() {
                 let in_detail = chunk.details > 0 && details >= self.journal.details;
                 let call =
@@ -606,6 +659,13 @@ impl Splice {
             if chunk.details > 0 && (swallowed || details != self.journal.details) {
                 return Err(Abandon::Unsplittable);
             }
+            // What the client has begun cannot be begun again.
+            if had_mark {
+                return Err(Abandon::Unsplittable);
+            }
+        }
+        if self.journal.repeats(chunk) {
+            return Err(Abandon::Unsplittable);
         }
         self.say(told, data, chunk, &texts, &news, edits, out);
         Ok(())
@@ -688,6 +748,7 @@ impl Splice {
             || chunk.finish.is_some()
             || chunk.details > 0
             || chunk.unknown
+            || chunk.mark.is_some()
             || !chunk.calls.is_empty();
         if !speaks && !role && chunk.usage.is_none() {
             return;
@@ -701,6 +762,9 @@ impl Splice {
                 Some(again) if !begun => edits.replace(id.span(), again),
                 _ => self.journal.meet_call(call.index, id.raw(), begun),
             }
+        }
+        if let Some(mark) = &chunk.mark {
+            self.journal.append(Channel::Mark, mark.as_bytes(), self.policy.journal_bytes_max);
         }
         for ((said, text), &from) in chunk.said.iter().zip(texts).zip(news) {
             let new = text.as_bytes().get(from..).unwrap_or_default();
@@ -742,7 +806,7 @@ impl Splice {
             }
         }
         self.journal.introduce(chunk);
-        write_event(out, None, &edits.apply(data));
+        self.wire.write(out, chunk, &edits.apply(data));
     }
 
     /// The usage of the whole answer, where all of its counts are known.
@@ -780,7 +844,7 @@ impl Splice {
     }
 
     fn write_done(&mut self, out: &mut Vec<u8>) {
-        write_event(out, None, b"[DONE]");
+        self.wire.write_end(out);
         self.journal.done = true;
     }
 }

@@ -81,7 +81,7 @@ fn tokens(text: &str) -> Vec<Vec<u8>> {
 }
 
 /// Texts of the events that say `text`, with how many tokens each was made of.
-fn pieces(text: &str, voice: Voice) -> Vec<(String, usize)> {
+pub(super) fn pieces(text: &str, voice: Voice) -> Vec<(String, usize)> {
     let all = tokens(text);
     let mut out = Vec::new();
     let mut pending: Vec<u8> = Vec::new();

@@ -4,6 +4,7 @@
 //! tests cut behind every event and thereby at every byte.
 
 mod beside;
+mod dialects;
 
 use std::collections::BTreeSet;
 use std::ops::ControlFlow;
@@ -482,7 +483,7 @@ fn requests_that_cannot_be_spliced_are_not_armed() {
     };
     let chat = Endpoint::ChatCompletions;
     for (endpoint, body, reason) in [
-        (Endpoint::AnthropicMessages, r#"{"stream":true}"#, NotArmed::Endpoint),
+        (Endpoint::Responses, r#"{"stream":true}"#, NotArmed::Endpoint),
         (chat, "[]", NotArmed::Body),
         (chat, r#"{"messages":[]}"#, NotArmed::NotAStream),
         (chat, r#"{"stream":true,"n":2}"#, NotArmed::Choices),

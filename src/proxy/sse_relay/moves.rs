@@ -199,7 +199,7 @@ impl EventRelay {
                 moving.waits_since = None;
                 if let Ok(chunk) = frame.into_data() {
                     let mut raw = VecDeque::new();
-                    let fed = leg.stream.feed(chunk, &mut raw, |_| {});
+                    let fed = leg.stream.feed(chunk, &mut raw, |_, _| {});
                     self.feed_new_leg(raw, fed.broken);
                 }
             }
