@@ -92,12 +92,12 @@ impl RunWatch {
         if !self.meet(piece) {
             return Step::Pass;
         }
-        if wary || !piece.iter().any(|byte| byte.is_ascii_alphanumeric() || !byte.is_ascii()) {
-            self.holding = true;
-            return Step::Begin;
+        if !wary && is_word(piece) {
+            self.told = self.units;
+            return Step::Pass;
         }
-        self.told = self.units;
-        Step::Pass
+        self.holding = true;
+        Step::Begin
     }
 
     fn step(&mut self) -> Step {
@@ -149,7 +149,8 @@ impl RunWatch {
     /// How many more units of the run this is; none if it is something else.
     fn continues(&self, piece: &[u8]) -> Option<u32> {
         let unit = self.unit();
-        if unit.is_empty() || piece.len() < unit.len() || piece[0] != unit[0] {
+        // Most words begin with a space: their ends tell them apart.
+        if unit.is_empty() || piece.len() < unit.len() || piece.last() != unit.last() {
             return None;
         }
         let mut units = piece.chunks_exact(unit.len());
@@ -164,7 +165,8 @@ impl RunWatch {
             return false;
         }
         self.unit[..unit.len()].copy_from_slice(unit);
-        (self.len, self.units, self.events) = (unit.len(), count(piece.len() / unit.len()), 1);
+        let units = if unit.len() == piece.len() { 1 } else { count(piece.len() / unit.len()) };
+        (self.len, self.units, self.events) = (unit.len(), units, 1);
         true
     }
 }
@@ -175,11 +177,12 @@ fn count(units: usize) -> u32 {
 
 /// The shortest text of which `piece` is made by repetition. Escapes are not taken apart.
 fn unit_of(piece: &[u8]) -> &[u8] {
-    let Some(&first) = piece.first() else { return piece };
-    if memchr::memchr(b'\\', piece).is_some() {
+    let Some((&first, rest)) = piece.split_first() else { return piece };
+    let most = (piece.len() / 2).min(UNIT_BYTES_MAX);
+    // Few words have their first letter again in their first half.
+    if rest.iter().take(most).all(|&byte| byte != first) || memchr::memchr(b'\\', piece).is_some() {
         return piece;
     }
-    let most = (piece.len() / 2).min(UNIT_BYTES_MAX);
     let repeats = |len: &usize| {
         piece[*len] == first
             && piece.len().is_multiple_of(*len)
@@ -188,8 +191,16 @@ fn unit_of(piece: &[u8]) -> &[u8] {
     (1..=most).find(repeats).map_or(piece, |len| &piece[..len])
 }
 
+/// Whether it has a letter or a digit; the last byte mostly is one.
+fn is_word(piece: &[u8]) -> bool {
+    piece.iter().rev().any(|byte| byte.is_ascii_alphanumeric() || !byte.is_ascii())
+}
+
 /// Whether a text, as it stands between quotes, is white space.
 fn is_space(text: &[u8]) -> bool {
+    if !text.last().is_none_or(|last| matches!(last, b' ' | b'\t' | b'\n' | b'\r' | b'n' | b't' | b'r')) {
+        return false;
+    }
     let mut rest = text;
     loop {
         rest = match rest {

@@ -26,7 +26,7 @@ use crate::policy::health::Observation;
 use crate::policy::json::Reader;
 use crate::policy::resume::{Abandon, Plan, Splice};
 use crate::policy::retry::{Cause, Phase};
-use crate::pool::{About, BackendId, Pool};
+use crate::pool::{About, Choice, Pool};
 use crate::proxy::ledger::Entry;
 use crate::proxy::resume::{Asking, Resumer};
 use crate::proxy::sse_relay::NextLeg;
@@ -52,7 +52,7 @@ pub(super) struct Opinions {
     held: VecDeque<Bytes>,
     /// Data of those events, one behind the other, and where each ends.
     data: Vec<u8>,
-    ends: SmallVec<[usize; HELD_EVENTS_MAX as usize]>,
+    ends: Vec<usize>,
     /// Since when something waits, and since when it is a run.
     since: Moment,
     run_since: Option<Moment>,
@@ -306,16 +306,19 @@ impl Opinions {
         self.over.take()
     }
 
-    /// Asks a peer of `backend`; false if nobody can be.
-    pub(super) fn ask(&mut self, resume: &mut Resumer, backend: BackendId, attempts: u8) -> bool {
-        let mut splice = resume.splice.clone();
+    /// Asks a peer of the backend chosen; false if nobody can be.
+    pub(super) fn ask(&mut self, resume: &mut Resumer, choice: &Choice, attempts: u8) -> bool {
+        let (backend, mut splice) = (choice.backend().id, resume.splice.clone());
         let from = splice.text_from(0).len();
         let quoted = [b"\"", self.run.unit(), b"\""].concat();
         let unit = Reader::new(&quoted).value().ok();
         let Some(unit) = unit.and_then(|unit| unit.as_str().map(|text| text.into_owned())) else {
             return false;
         };
-        let Some((plan, asking)) = resume.ask_peer(&mut splice, backend, attempts) else { return false };
+        let Some((plan, asking)) = resume.ask_peer(&mut splice, backend, choice.record.is_wary(), attempts)
+        else {
+            return false;
+        };
         let told = self.run.told() as usize * unit.len();
         self.peer = Some(Box::new(Peer {
             splice,

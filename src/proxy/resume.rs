@@ -310,17 +310,19 @@ impl Resumer {
         }
     }
 
-    /// Asks a peer of `backend` to go on from what is in `splice`; none where it cannot be done or afforded. So many
+    /// Asks a peer of `backend` to go on from what is in `splice`; none where it cannot be done or afforded. One that
+    /// was overruled lately (`wary`) breaks its streams as a dead one does, and draws on the same allowance. So many
     /// `attempts` were made before.
     pub(super) fn ask_peer(
         &mut self,
         splice: &mut Splice,
         backend: BackendId,
+        wary: bool,
         attempts: u8,
     ) -> Option<(Plan, Asking)> {
         let Request { leg, body, .. } = &*self.request;
         let plan = splice.plan(leg.pool.config.probe.page.preset, body).ok()?;
-        if !leg.pool.state.may_retry(&leg.policy, false) {
+        if !leg.pool.state.may_retry(&leg.policy, wary) {
             return None;
         }
         let mut tried = self.broke.clone();

@@ -26,7 +26,7 @@ const CONNECT_TLS: Duration = Duration::from_secs(3);
 /// What of the catalogue has no row, and why.
 pub const NOT_HERE: &[(&str, &str)] = &[
     ("F16 to F19, F21 after the first token", "need a stream continued on another replica"),
-    ("F22", "needs a stream continued, and a second opinion"),
+    ("F22", "is no failure that a request sees: tests/opinion"),
     ("F37", "is about the machine of the proxy itself, not about a replica"),
 ];
 

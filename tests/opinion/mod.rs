@@ -348,3 +348,55 @@ async fn switched_off_it_is_relayed_as_it_comes() {
         proxy.is_quiet().await;
     }
 }
+
+#[tokio::test]
+async fn a_word_said_over_and_over_costs_only_the_first_client_its_answer() {
+    let sick = [good()[..8].to_vec(), vec![" the".to_owned(); 60]].concat();
+    let backends = pool(&[(sick.clone(), Duration::ZERO), (good(), Duration::ZERO)]).await;
+    let proxy = by_tier(&backends);
+    // Its first word was not held back, and cannot be taken back.
+    assert_says(&Http::One.send(proxy.addr, &chat_request(true)).await, &sick);
+    assert_eq!((opinions(&proxy, "disputed"), offences(&proxy, &backends[0])), (1, 1));
+    for _ in 0..3 {
+        assert_says(&Http::One.send(proxy.addr, &chat_request(true)).await, &good());
+    }
+    assert!(is_quarantined(&proxy, &backends[0]));
+    proxy.is_quiet().await;
+}
+
+#[tokio::test]
+async fn held_events_arrive_byte_for_byte_however_they_were_cut() {
+    let tokens =
+        [said(&["Look", ":", "."]), vec!["-".to_owned(); 12], said(&["|", " so", "!", "!"])].concat();
+    let events = Talk { tokens, ..Talk::default() }.chat_events(true);
+    let wire: String = events.iter().map(|event| format!(": beat\r\n\r\n{event}")).collect();
+    for size in [1, 7, 61, 250, 1000, wire.len()] {
+        let pieces: Vec<&[u8]> = wire.as_bytes().chunks(size).collect();
+        let one = Backend::start(Script::new().sse(&pieces)).await;
+        let two = Backend::start(Script::new().sse(&events)).await;
+        let proxy = Proxy::start(&in_order(&[&one.url(), &two.url()]));
+        let answer = Http::One.send(proxy.addr, &chat_request(true)).await;
+        assert_eq!(answer.text(), wire, "in pieces of {size}");
+        assert_eq!((opinions(&proxy, "repeated"), offences(&proxy, &one)), (1, 0));
+        proxy.is_quiet().await;
+    }
+}
+
+#[tokio::test]
+async fn a_crowd_at_a_degenerate_replica_is_answered_by_its_peers() {
+    let backends = pool(&[(good(), Duration::ZERO), (bad(), Duration::ZERO), (good(), Duration::ZERO)]).await;
+    let proxy = Proxy::start(&in_turn(&backends));
+    proxy.probed().await;
+    let clients: Vec<_> = (0..24)
+        .map(|_| {
+            let address = proxy.addr;
+            tokio::spawn(async move { Http::One.send(address, &chat_request(true)).await })
+        })
+        .collect();
+    for client in clients {
+        assert_says(&client.await.unwrap(), &good());
+    }
+    assert!(is_quarantined(&proxy, &backends[1]));
+    assert_eq!((offences(&proxy, &backends[0]), offences(&proxy, &backends[2])), (0, 0));
+    proxy.is_quiet().await;
+}

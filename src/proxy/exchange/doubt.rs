@@ -86,7 +86,7 @@ impl Exchange {
         let mut tried = self.tried.clone();
         tried.push(first.choice.backend().id);
         let choice = choose_witness(&self.worker, &self.leg, &self.asked, tried)?;
-        if !self.leg.pool.state.may_retry(&self.leg.policy, false) {
+        if !self.leg.pool.state.may_retry(&self.leg.policy, first.choice.record.is_wary()) {
             choice.nothing_sent();
             return None;
         }

@@ -21,7 +21,7 @@ impl EventRelay {
             self.resume = None;
         } else if ask
             && let (Some(opinions), Some(resume)) = (&mut self.opinions, &mut self.resume)
-            && !opinions.ask(resume, self.serving.choice.backend().id, self.serving.ledger.attempts())
+            && !opinions.ask(resume, &self.serving.choice, self.serving.ledger.attempts())
         {
             self.serving.choice.pool.state.metrics.count_opinion("none");
             self.release_held();
