@@ -1175,6 +1175,27 @@ mod tests {
     }
 
     #[test]
+    fn every_escape_is_read_as_what_it_stands_for() {
+        let text = br#""a\"\\\/\b\f\n\r\t\u00e9\ud83d\ude00z""#;
+        let value = Reader::new(text).value().unwrap();
+        assert_eq!(value.as_str().unwrap(), "a\"\\/\u{8}\u{c}\n\r\t\u{e9}\u{1f600}z");
+    }
+
+    #[test]
+    fn what_is_only_skimmed_has_names_and_colons_nevertheless() {
+        for (text, kind) in [
+            ("{\"a\" 1}", JsonErrorKind::UnexpectedByte),
+            ("{\"a\";1}", JsonErrorKind::UnexpectedByte),
+            ("{a:1}", JsonErrorKind::UnexpectedByte),
+            ("{\"a\"", JsonErrorKind::UnexpectedEnd),
+            ("{\"a\":1,", JsonErrorKind::UnexpectedEnd),
+        ] {
+            let scanned = scan_top_level(text.as_bytes(), |_, _| ControlFlow::Continue(()));
+            assert_eq!(scanned.unwrap_err().kind, kind, "{text}");
+        }
+    }
+
+    #[test]
     fn a_splice_touches_nothing_else() {
         let body = Bytes::from_static(br#"{ "model" : "old", "x":1}"#);
         let mut span = 0..0;

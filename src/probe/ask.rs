@@ -89,7 +89,7 @@ async fn ask(
         let lease = lease(member).await?;
         connected = true;
         let (method, path, headers) = head(member, path, json.as_ref(), lease.is_h2())?;
-        let head = OutHead { method: &method, path, headers: &headers, also: &[] };
+        let head = OutHead { method: &method, path, headers: &headers, own: &[], also: &[] };
         let body = json.map_or(OutBody::Empty, |json| OutBody::Whole(Some(json)));
         let answer = lease.send(&member.target, &head, body).await;
         let mut answer = answer.map_err(|e| NoAnswer::from(&e))?;

@@ -14,8 +14,11 @@ use crate::policy::dialect::{Dialect, Endpoint};
 use crate::policy::retry::{Nature, Replay};
 use crate::pool::Class;
 use crate::proxy::client::{Client, HeadDefect};
-use crate::proxy::headers;
+use crate::proxy::headers::{self, Own};
 use crate::proxy::respond::Refusal;
+
+/// What is usually set: three about the client, and the request id.
+const OWN_FIELDS: usize = 4;
 
 const IDEMPOTENCY_KEY: HeaderName = HeaderName::from_static("idempotency-key");
 
@@ -28,8 +31,10 @@ pub(super) struct Asked {
     /// Its words.
     pub(super) dialect: Dialect,
     pub(super) method: Method,
-    /// As a backend is to see them, but for what differs by backend and attempt.
+    /// The client's, as a backend is to see them.
     pub(super) headers: HeaderMap,
+    /// evergate's own, but for what differs by backend and attempt.
+    pub(super) own: Own,
     /// The protocol to switch to.
     pub(super) upgrade: Option<HeaderValue>,
     /// Where the model's name stands in the body as the routed pool is sent it.
@@ -112,30 +117,29 @@ fn check_host(head: &request::Parts) -> Result<(), Refusal> {
     if fine { Ok(()) } else { Err(Refusal::Invalid("a request needs exactly one Host header field")) }
 }
 
-/// The fields a backend is to see. `Host` and the request id are in it already, so that setting them for an
-/// attempt makes no map grow.
+/// The fields a backend is to see: the client's, and beside them evergate's own. Lengths and `Host` are for whoever
+/// sends them.
 pub(super) fn outgoing_headers(
     head: &mut request::Parts,
     endpoint: Endpoint,
     client: &Client,
     id: &HeaderValue,
-) -> HeaderMap {
+) -> (HeaderMap, Own) {
     let mut fields = std::mem::take(&mut head.headers);
+    let mut own = Own::with_capacity(OWN_FIELDS);
     headers::strip_hop_by_hop(&mut fields);
-    headers::forward(&mut fields, &head.uri, client);
+    headers::forward(&mut fields, &mut own, &head.uri, client);
     if head.version == Version::HTTP_2 {
         headers::join_cookies(&mut fields);
     }
-    fields.entry(header::HOST).or_insert(HeaderValue::from_static(""));
-    fields.insert(headers::X_REQUEST_ID, id.clone());
-    // The body's length is set anew by whoever sends it; 100-continue was between the client and us.
-    fields.remove(header::CONTENT_LENGTH);
+    own.push((headers::X_REQUEST_ID, id.clone()));
+    // 100-continue was between the client and us.
     fields.remove(header::EXPECT);
     if endpoint.is_inference() {
         // A compressed stream can be neither watched nor resumed, and tokens do not compress.
         fields.remove(header::ACCEPT_ENCODING);
     }
-    fields
+    (fields, own)
 }
 
 /// What the head says about sending the request twice.

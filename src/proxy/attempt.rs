@@ -10,9 +10,8 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use http::uri::PathAndQuery;
-use http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header, response};
+use http::{HeaderMap, HeaderValue, StatusCode, header, response};
 use hyper::upgrade::OnUpgrade;
-use smallvec::SmallVec;
 
 use crate::clock;
 use crate::policy::Moment;
@@ -22,7 +21,7 @@ use crate::policy::dialect::{
 use crate::policy::retry::{Cause, Facts, Phase};
 use crate::pool::Choice;
 use crate::proxy::admit::Asked;
-use crate::proxy::headers;
+use crate::proxy::headers::{self, Own};
 use crate::proxy::leg::Leg;
 use crate::proxy::token_stream::{Ending, TokenStream};
 use crate::proxy::watch::{HeadStage, Stage, Watch};
@@ -238,7 +237,8 @@ impl Attempt<'_> {
             method: &self.asked.method,
             path: self.path(),
             headers: &self.asked.headers,
-            also: &self.own_fields(),
+            own: &self.asked.own,
+            also: &self.also(),
         };
         let sending = lease.send(&self.choice.member().target, &head, body);
         if !self.asked.uploads {
@@ -269,18 +269,18 @@ impl Attempt<'_> {
     }
 
     /// What this backend is to see, beside or instead of the fields that every one is sent.
-    fn own_fields(&self) -> SmallVec<[(HeaderName, HeaderValue); 2]> {
-        let mut own = SmallVec::new();
+    fn also(&self) -> Own {
+        let mut also = Own::new();
         if self.number > 1 {
-            own.push((headers::X_REQUEST_ID, headers::attempt_id(&self.asked.id, self.number)));
-            own.push((headers::X_EVERGATE_ATTEMPT, self.number.into()));
+            also.push((headers::X_REQUEST_ID, headers::attempt_id(&self.asked.id, self.number)));
+            also.push((headers::X_EVERGATE_ATTEMPT, self.number.into()));
         }
-        own.extend(self.choice.member().params.headers.iter().cloned());
+        also.extend(self.choice.member().params.headers.iter().cloned());
         if let Some(protocol) = &self.asked.upgrade {
-            own.push((header::CONNECTION, HeaderValue::from_static("upgrade")));
-            own.push((header::UPGRADE, protocol.clone()));
+            also.push((header::CONNECTION, HeaderValue::from_static("upgrade")));
+            also.push((header::UPGRADE, protocol.clone()));
         }
-        own
+        also
     }
 
     /// Where the request goes at this backend.

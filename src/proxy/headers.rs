@@ -28,6 +28,10 @@ const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
 const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
 
+/// Fields that evergate sets. They stand for all of the same name that the client sent, and are kept beside those:
+/// putting them into the map would make it grow for each request.
+pub(super) type Own = Vec<(HeaderName, HeaderValue)>;
+
 /// Fields of one connection, whatever `Connection` says.
 const HOP_BY_HOP: [HeaderName; 6] = [
     header::CONNECTION,
@@ -124,32 +128,33 @@ pub(super) fn join_cookies(headers: &mut HeaderMap) {
 }
 
 /// Tells the backend who asks. What an untrusted peer claims is replaced, what a trusted one says is extended.
-pub(super) fn forward(headers: &mut HeaderMap, uri: &Uri, client: &Client) {
+pub(super) fn forward(headers: &mut HeaderMap, own: &mut Own, uri: &Uri, client: &Client) {
     let host = host(headers, uri).and_then(|host| HeaderValue::from_str(host).ok());
     let peer = client.peer.ip();
     let proto = if client.tls { "https" } else { "http" };
-    if client.trusted {
-        extend_list(headers, &X_FORWARDED_FOR, client.forwarded_for.as_bytes());
-        headers.entry(X_FORWARDED_PROTO).or_insert(HeaderValue::from_static(proto));
-        if let Some(host) = &host {
-            headers.entry(X_FORWARDED_HOST).or_insert_with(|| host.clone());
-        }
-    } else {
-        headers.insert(X_FORWARDED_FOR, client.forwarded_for.clone());
-        headers.insert(X_FORWARDED_PROTO, HeaderValue::from_static(proto));
+    let said = |name: &HeaderName| client.trusted && headers.contains_key(name);
+    let addresses = match client.trusted {
+        true => extended(headers, &X_FORWARDED_FOR, client.forwarded_for.as_bytes()),
+        false => Some(client.forwarded_for.clone()),
+    };
+    own.extend(addresses.map(|addresses| (X_FORWARDED_FOR, addresses)));
+    if !said(&X_FORWARDED_PROTO) {
+        own.push((X_FORWARDED_PROTO, HeaderValue::from_static(proto)));
+    }
+    if !said(&X_FORWARDED_HOST) {
         match &host {
-            Some(host) => drop(headers.insert(X_FORWARDED_HOST, host.clone())),
+            Some(host) => own.push((X_FORWARDED_HOST, host.clone())),
             None => drop(headers.remove(X_FORWARDED_HOST)),
         }
     }
     // `Forwarded` is written only where it is already in use: the other three are what backends read.
     if headers.contains_key(header::FORWARDED) {
         let element = forwarded_element(peer, proto, host.as_ref());
-        if client.trusted {
-            extend_list(headers, &header::FORWARDED, element.as_bytes());
-        } else {
-            headers.insert(header::FORWARDED, ascii(&element));
-        }
+        let elements = match client.trusted {
+            true => extended(headers, &header::FORWARDED, element.as_bytes()),
+            false => Some(ascii(&element)),
+        };
+        own.extend(elements.map(|elements| (header::FORWARDED, elements)));
     }
 }
 
@@ -165,16 +170,15 @@ fn forwarded_element(peer: IpAddr, proto: &str, host: Option<&HeaderValue>) -> S
     element
 }
 
-fn extend_list(headers: &mut HeaderMap, name: &HeaderName, element: &[u8]) {
+/// The list `name` with one more element.
+fn extended(headers: &HeaderMap, name: &HeaderName, element: &[u8]) -> Option<HeaderValue> {
     let mut list: Vec<u8> = Vec::new();
     for value in headers.get_all(name) {
         list.extend_from_slice(value.as_bytes());
         list.extend_from_slice(b", ");
     }
     list.extend_from_slice(element);
-    if let Ok(value) = HeaderValue::from_bytes(&list) {
-        headers.insert(name.clone(), value);
-    }
+    HeaderValue::from_bytes(&list).ok()
 }
 
 fn ascii(text: &str) -> HeaderValue {
@@ -204,10 +208,11 @@ pub(super) fn request_id(headers: &HeaderMap, rng: &mut fastrand::Rng) -> Header
 
 /// 32 digits. By hand, because every request pays for it.
 fn hexadecimal(number: u128) -> HeaderValue {
-    let digits: [u8; 32] = std::array::from_fn(|i| {
-        let digit = (number >> (4 * (31 - i))) as usize & 0xf;
-        b"0123456789abcdef"[digit]
-    });
+    let digit = |half: u8| b"0123456789abcdef"[usize::from(half)];
+    let mut digits = [0; 32];
+    for (pair, byte) in digits.chunks_exact_mut(2).zip(number.to_be_bytes()) {
+        pair.copy_from_slice(&[digit(byte >> 4), digit(byte & 0xf)]);
+    }
     HeaderValue::from_bytes(&digits).unwrap_or(HeaderValue::from_static("unknown"))
 }
 
@@ -266,15 +271,19 @@ mod tests {
             ("forwarded", "for=198.51.100.1"),
         ];
         let uri = Uri::from_static("/v1/models");
-        let mut headers = map(&claims);
-        forward(&mut headers, &uri, &client(false));
+        let forwarded = |trusted| {
+            let (mut headers, mut own) = (map(&claims), Own::new());
+            forward(&mut headers, &mut own, &uri, &client(trusted));
+            own.into_iter().for_each(|(name, value)| drop(headers.insert(name, value)));
+            headers
+        };
+        let headers = forwarded(false);
         assert_eq!(headers[X_FORWARDED_FOR], "192.0.2.7");
         assert_eq!(headers[X_FORWARDED_PROTO], "https");
         assert_eq!(headers[X_FORWARDED_HOST], "api.example");
         assert_eq!(headers[header::FORWARDED], "for=192.0.2.7;proto=https;host=\"api.example\"");
-        let mut headers = map(&claims);
-        assert_eq!(client_ip(&headers, &client(true)), "198.51.100.1".parse::<IpAddr>().unwrap());
-        forward(&mut headers, &uri, &client(true));
+        assert_eq!(client_ip(&map(&claims), &client(true)), "198.51.100.1".parse::<IpAddr>().unwrap());
+        let headers = forwarded(true);
         assert_eq!(headers[X_FORWARDED_FOR], "198.51.100.1, 192.0.2.7");
         assert_eq!(headers[X_FORWARDED_PROTO], "http");
         assert_eq!(headers[X_FORWARDED_HOST], "outer.example");
@@ -292,6 +301,7 @@ mod tests {
             let made = request_id(&map(&[("x-request-id", &unfit)]), &mut rng);
             assert_eq!(made.len(), 32, "{unfit:?}");
         }
+        assert_eq!(hexadecimal(0x0123 << 112 | 0xcdef), format!("0123{}cdef", "0".repeat(24)));
         assert_eq!(attempt_id(&HeaderValue::from_static("abc"), 1), "abc");
         assert_eq!(attempt_id(&HeaderValue::from_static("abc"), 3), "abc-3");
     }

@@ -151,12 +151,14 @@ impl Worker {
             total,
             is_fallback: false,
         };
+        let upgrade = headers::upgrade(head);
+        let (fields, own) = admit::outgoing_headers(head, endpoint, client, &ledger.id);
         let asked = Asked {
             id: ledger.id.clone(),
             endpoint,
             dialect,
             method: head.method.clone(),
-            upgrade: headers::upgrade(head),
+            upgrade,
             model_span,
             stream: facts.stream,
             choices: facts.choices.max(1),
@@ -168,7 +170,8 @@ impl Worker {
             replay,
             priority: rule.and_then(|rule| rule.priority),
             limits: config.limits.clone(),
-            headers: admit::outgoing_headers(head, endpoint, client, &ledger.id),
+            headers: fields,
+            own,
         };
         Ok((asked, body, leg))
     }
@@ -249,6 +252,6 @@ mod sizes {
     #[test]
     fn what_is_moved_for_each_request_stays_small() {
         let sizes = (of(Worker::answer), of_one(Exchange::run));
-        assert!(sizes.0 <= 2872 && sizes.1 <= 744, "{sizes:?}");
+        assert!(sizes.0 <= 2928 && sizes.1 <= 744, "{sizes:?}");
     }
 }

@@ -114,9 +114,11 @@ struct Parting {
 }
 
 impl Opinions {
-    /// For a stream of this pool that can be resumed; none where nobody could be asked.
-    pub(super) fn of(pool: &Pool) -> Option<Box<Self>> {
-        (pool.config.resume.second_opinion && pool.members.len() > 1).then(Box::default)
+    /// For a stream of this pool that can be resumed; none where nobody could be asked, or events are told in another
+    /// way than those of chats and completions.
+    pub(super) fn of(pool: &Pool, endpoint: Endpoint) -> Option<Box<Self>> {
+        let is_told_so = matches!(endpoint, Endpoint::ChatCompletions | Endpoint::Completions);
+        (is_told_so && pool.config.resume.second_opinion && pool.members.len() > 1).then(Box::default)
     }
 
     /// Reads a chunk of the first leg. What may go to the client is appended to `out` and noted; the rest waits. The

@@ -150,7 +150,8 @@ impl EventRelay {
         let (gaps, spliced, broken, moving) = (Gaps::default(), None, None, None);
         // It reads OpenAI's events, and no others.
         let is_read = matches!(endpoint, Endpoint::ChatCompletions | Endpoint::Completions);
-        let opinions = resume.as_ref().filter(|_| is_read).and_then(|_| Opinions::of(&serving.choice.pool));
+        let opinions =
+            resume.as_ref().filter(|_| is_read).and_then(|_| Opinions::of(&serving.choice.pool, endpoint));
         let mut relay = Self {
             ahead,
             body,

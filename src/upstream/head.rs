@@ -13,7 +13,7 @@ use hyper::ext::ReasonPhrase;
 use memchr::memmem;
 
 use crate::upstream::framing::Framing;
-use crate::upstream::{OutHead, says_close};
+use crate::upstream::{OutHead, lists_close};
 
 /// Longest head of an answer; a longer one is a protocol fault (F07).
 pub(super) const ANSWER_HEAD_BYTES_MAX: usize = 128 * 1024;
@@ -25,22 +25,21 @@ const FIELD_BYTES: usize = 48;
 /// The head of a request with a body of `length` bytes, and room for `more` behind it.
 pub(super) fn write(head: &OutHead<'_>, host: &HeaderValue, length: Option<u64>, more: usize) -> Vec<u8> {
     let path = head.path.as_str();
-    let fields = head.headers.len() + head.also.len() + 2;
+    let fields = head.headers.len() + head.own.len() + head.also.len() + 2;
     let mut out = Vec::with_capacity(path.len() + fields * FIELD_BYTES + more);
     out.extend_from_slice(head.method.as_str().as_bytes());
     out.push(b' ');
     out.extend_from_slice(path.as_bytes());
     out.extend_from_slice(b" HTTP/1.1\r\n");
     field(&mut out, "host", host.as_bytes());
+    let among = |list: &[(HeaderName, HeaderValue)], name: &HeaderName| list.iter().any(|(n, _)| n == name);
     for (name, value) in head.headers {
-        // Said by us, or by `also`.
-        if !matches!(*name, header::HOST | header::CONTENT_LENGTH | header::TRANSFER_ENCODING)
-            && !head.also.iter().any(|(other, _)| other == name)
-        {
+        let ours = matches!(*name, header::HOST | header::CONTENT_LENGTH | header::TRANSFER_ENCODING);
+        if !ours && !among(head.own, name) && !among(head.also, name) {
             field(&mut out, name.as_str(), value.as_bytes());
         }
     }
-    for (name, value) in head.also {
+    for (name, value) in head.own.iter().filter(|(name, _)| !among(head.also, name)).chain(head.also) {
         field(&mut out, name.as_str(), value.as_bytes());
     }
     if let Some(length) = length {
@@ -152,12 +151,20 @@ fn parse(bytes: &Bytes, asked: &Method) -> Result<Option<(usize, Option<AnswerHe
     head.status = status;
     head.version = Version::HTTP_11;
     head.headers.reserve(parsed.headers.len());
+    let mut said = Said { asked, status, old: parsed.version != Some(1), coding: None, length: Ok(None) };
+    let mut last = said.old;
     for read in parsed.headers.iter() {
         let name = HeaderName::from_bytes(read.name.as_bytes());
         let value = HeaderValue::from_maybe_shared(bytes.slice_ref(read.value));
         let (Ok(name), Ok(value)) = (name, value) else {
             return Err(BadHead::Protocol("a header field is malformed"));
         };
+        match name {
+            header::CONTENT_LENGTH => said.length = length_of(said.length, read.value),
+            header::TRANSFER_ENCODING => said.coding = Some(read.value),
+            header::CONNECTION => last |= lists_close(read.value),
+            _ => {}
+        }
         head.headers.append(name, value);
     }
     if let Some(reason) = parsed.reason.filter(|reason| Some(*reason) != status.canonical_reason())
@@ -165,43 +172,58 @@ fn parse(bytes: &Bytes, asked: &Method) -> Result<Option<(usize, Option<AnswerHe
     {
         head.extensions.insert(reason);
     }
-    let old = parsed.version != Some(1);
-    let framing = framing(status, &head.headers, asked, old)?;
-    if head.headers.contains_key(header::TRANSFER_ENCODING) {
+    if said.coding.is_some() {
         // RFC 9112 §6.3: the encoding wins. A length beside it is left for nobody to believe.
         head.headers.remove(header::CONTENT_LENGTH);
     }
-    let last = old || says_close(&head.headers) || matches!(framing, Framing::ToClose);
+    let framing = said.framing()?;
+    last |= matches!(framing, Framing::ToClose);
     Ok(Some((length, Some(AnswerHead { parts: Box::new(head), framing, last }))))
 }
 
-/// RFC 9112 §6.3, for answers.
-fn framing(status: StatusCode, headers: &HeaderMap, asked: &Method, old: bool) -> Result<Framing, BadHead> {
-    if *asked == Method::HEAD || matches!(status.as_u16(), 101 | 204 | 304) {
-        return Ok(Framing::Ended);
-    }
-    if let Some(coding) = headers.get_all(header::TRANSFER_ENCODING).iter().next_back() {
-        if old {
-            return Err(BadHead::Protocol("HTTP/1.0 has no transfer encodings"));
+/// What decides where the body of an answer ends.
+struct Said<'a> {
+    asked: &'a Method,
+    status: StatusCode,
+    /// HTTP/1.0.
+    old: bool,
+    /// The last list of transfer codings.
+    coding: Option<&'a [u8]>,
+    length: Result<Option<u64>, BadHead>,
+}
+
+impl Said<'_> {
+    /// RFC 9112 §6.3, for answers.
+    fn framing(self) -> Result<Framing, BadHead> {
+        if *self.asked == Method::HEAD || matches!(self.status.as_u16(), 101 | 204 | 304) {
+            return Ok(Framing::Ended);
         }
-        let last = coding.as_bytes().rsplit(|&byte| byte == b',').next().unwrap_or_default();
-        let chunked = last.trim_ascii().eq_ignore_ascii_case(b"chunked");
-        return Ok(if chunked { Framing::chunked() } else { Framing::ToClose });
-    }
-    let mut length = None;
-    for value in headers.get_all(header::CONTENT_LENGTH) {
-        for said in value.as_bytes().split(|&byte| byte == b',') {
-            let said = decimal(said.trim_ascii()).ok_or(BadHead::Protocol("its length is no number"))?;
-            if length.replace(said).is_some_and(|before| before != said) {
-                return Err(BadHead::Protocol("it has two lengths"));
+        if let Some(coding) = self.coding {
+            if self.old {
+                return Err(BadHead::Protocol("HTTP/1.0 has no transfer encodings"));
             }
+            let last = coding.rsplit(|&byte| byte == b',').next().unwrap_or_default();
+            let chunked = last.trim_ascii().eq_ignore_ascii_case(b"chunked");
+            return Ok(if chunked { Framing::chunked() } else { Framing::ToClose });
+        }
+        Ok(match self.length? {
+            None => Framing::ToClose,
+            Some(0) => Framing::Ended,
+            Some(length) => Framing::Length(length),
+        })
+    }
+}
+
+/// One more field with a length, which may be a list: all must be the same.
+fn length_of(before: Result<Option<u64>, BadHead>, value: &[u8]) -> Result<Option<u64>, BadHead> {
+    let mut length = before?;
+    for said in value.split(|&byte| byte == b',') {
+        let said = decimal(said.trim_ascii()).ok_or(BadHead::Protocol("its length is no number"))?;
+        if length.replace(said).is_some_and(|before| before != said) {
+            return Err(BadHead::Protocol("it has two lengths"));
         }
     }
-    Ok(match length {
-        None => Framing::ToClose,
-        Some(0) => Framing::Ended,
-        Some(length) => Framing::Length(length),
-    })
+    Ok(length)
 }
 
 /// Digits and nothing else.
@@ -318,6 +340,7 @@ mod tests {
 
     #[test]
     fn a_request_says_its_own_length_and_host() {
+        let own = |name, value| (HeaderName::from_static(name), HeaderValue::from_static(value));
         let mut headers = HeaderMap::new();
         for (name, value) in [("host", "client.example"), ("content-length", "9"), ("x-a", "1"), ("x-b", "2")]
         {
@@ -327,13 +350,14 @@ mod tests {
             method: &Method::POST,
             path: PathAndQuery::from_static("/v1/x?y"),
             headers: &headers,
-            also: &[(HeaderName::from_static("x-b"), HeaderValue::from_static("3"))],
+            own: &[own("x-b", "3"), own("x-c", "4")],
+            also: &[own("x-c", "5")],
         };
         let written = write(&head, &HeaderValue::from_static("engine:80"), Some(4), 0);
         let text = String::from_utf8(written).unwrap();
         assert_eq!(
             text,
-            "POST /v1/x?y HTTP/1.1\r\nhost: engine:80\r\nx-a: 1\r\nx-b: 3\r\ncontent-length: 4\r\n\r\n"
+            "POST /v1/x?y HTTP/1.1\r\nhost: engine:80\r\nx-a: 1\r\nx-b: 3\r\nx-c: 5\r\ncontent-length: 4\r\n\r\n"
         );
     }
 }

@@ -32,7 +32,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::task::Waker;
 use std::time::Duration;
 
-use http::{HeaderMap, HeaderValue, header};
+use http::{HeaderMap, header};
 use hyper::client::conn::{http1, http2};
 use parking_lot::Mutex;
 use prometheus::IntGauge;
@@ -313,13 +313,14 @@ impl Lane {
 
 /// Whether a head says that its connection ends with the message.
 fn says_close(headers: &HeaderMap) -> bool {
-    let says = |value: &HeaderValue| {
-        value
-            .to_str()
-            .is_ok_and(|value| value.split(',').any(|word| word.trim().eq_ignore_ascii_case("close")))
-    };
     // Nearly no head has the field, and looking for one is cheaper than looking for several.
-    headers.contains_key(header::CONNECTION) && headers.get_all(header::CONNECTION).iter().any(says)
+    headers.contains_key(header::CONNECTION)
+        && headers.get_all(header::CONNECTION).iter().any(|value| lists_close(value.as_bytes()))
+}
+
+/// The same of one value of `Connection`.
+fn lists_close(value: &[u8]) -> bool {
+    value.split(|&byte| byte == b',').any(|word| word.trim_ascii().eq_ignore_ascii_case(b"close"))
 }
 
 impl Lease {

@@ -23,9 +23,11 @@ pub struct OutHead<'a> {
     pub method: &'a Method,
     /// In origin form.
     pub path: PathAndQuery,
-    /// Fields, but for those of `also`.
+    /// Fields, but for those that follow.
     pub headers: &'a HeaderMap,
-    /// Fields of this attempt alone: they stand for all of the same name in `headers`.
+    /// Fields that stand for all of the same name in `headers`.
+    pub own: &'a [(HeaderName, HeaderValue)],
+    /// Fields of this attempt alone: they stand for all of the same name in both.
     pub also: &'a [(HeaderName, HeaderValue)],
 }
 
@@ -136,7 +138,9 @@ fn parts(head: &OutHead<'_>, uri: Uri) -> request::Parts {
     parts.method = head.method.clone();
     parts.uri = uri;
     parts.headers = head.headers.clone();
-    for (name, value) in head.also {
+    // The body's own length is said.
+    parts.headers.remove(header::CONTENT_LENGTH);
+    for (name, value) in head.own.iter().chain(head.also) {
         parts.headers.insert(name.clone(), value.clone());
     }
     parts

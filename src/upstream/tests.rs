@@ -54,7 +54,7 @@ impl Replica {
     async fn ask(&self, want: Want, body: &Bytes) -> Result<Answer, SendError> {
         let headers = HeaderMap::new();
         let path = PathAndQuery::from_static("/v1/completions");
-        let head = OutHead { method: &Method::POST, path, headers: &headers, also: &[] };
+        let head = OutHead { method: &Method::POST, path, headers: &headers, own: &[], also: &[] };
         let lease = self.lane.lease(&self.target, want).await.unwrap();
         lease.send(&self.target, &head, OutBody::Whole(Some(body.clone()))).await
     }

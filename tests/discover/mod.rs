@@ -205,7 +205,7 @@ async fn connections_are_closed_when_their_address_is_gone_and_only_then() {
     let lane = member.backend.lane(0);
     let headers = HeaderMap::new();
     let path = PathAndQuery::from_static("/health");
-    let request = OutHead { method: &Method::GET, path, headers: &headers, also: &[] };
+    let request = OutHead { method: &Method::GET, path, headers: &headers, own: &[], also: &[] };
 
     let kept = lane.lease(&member.target, Want::Any).await.unwrap();
     let busy = lane.lease(&member.target, Want::Fresh).await.unwrap();

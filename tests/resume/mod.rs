@@ -88,6 +88,26 @@ async fn a_second_replica_may_die_too() {
 }
 
 #[tokio::test]
+async fn a_replica_that_has_spoken_since_is_asked_again_where_no_other_is_left() {
+    let first = Backend::start(begun(3, &[Step::Rst]).then_healthy()).await;
+    let second = Backend::start(begun(6, &[Step::Rst])).await;
+    let proxy = Proxy::start(&in_order(&[&first.url(), &second.url()]));
+    let broken = tokio::spawn({
+        let address = proxy.addr;
+        async move { Http::One.send(address, &chat_request(true)).await }
+    });
+    eventually(PATIENCE, || second.requests().len() == 1).await;
+    // Both have broken it. Others find the first well again.
+    while !broken.is_finished() {
+        assert_is_the_stream(&Http::One.send(proxy.addr, &chat_request(true)).await);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert_is_the_stream(&broken.await.unwrap());
+    assert_eq!(resumed(&proxy, "resumed"), 2);
+    proxy.is_quiet().await;
+}
+
+#[tokio::test]
 async fn garbage_errors_and_aborts_are_breaks_like_any() {
     let error =
         "data: {\"error\":{\"message\":\"EngineDeadError\",\"type\":\"server_error\",\"code\":500}}\n\n";
