@@ -48,6 +48,10 @@ pub fn wall() -> SystemTime {
 /// A fresh generator. Seeded from the thread's own, or, with `EVERGATE_SEED` set, from that number
 /// and how many generators were made before. Make one per worker and keep it.
 pub fn rng() -> fastrand::Rng {
+    #[cfg(test)]
+    if let Some(rng) = world::rng() {
+        return rng;
+    }
     static SEED: OnceLock<Option<u64>> = OnceLock::new();
     static MADE: AtomicU64 = AtomicU64::new(0);
     let fixed =
@@ -73,6 +77,10 @@ fn seeded_rng(seed: u64, nth: u64) -> fastrand::Rng {
 /// in one test's made-up future would make time stand still in all others.
 #[allow(clippy::disallowed_methods)]
 fn start() -> Instant {
+    #[cfg(test)]
+    if let Some(begun) = world::start() {
+        return begun;
+    }
     static START: OnceLock<Instant> = OnceLock::new();
     *START.get_or_init(|| {
         let asked = std::time::Instant::now();
@@ -199,6 +207,7 @@ impl Alarms {
                 None => self.0.nudge.notified().await,
                 Some(next) => {
                     tokio::select! {
+                        biased;
                         () = tokio::time::sleep_until(next) => {}
                         () = self.0.nudge.notified() => {}
                     }
@@ -372,6 +381,52 @@ impl Alarms {
                 registry.epochs.swap_remove(place);
             }
         }
+    }
+}
+
+/// A world of a test's own on its thread: time that begins with it, and chance from its seed, so that one seed is
+/// one history.
+#[cfg(test)]
+pub(crate) mod world {
+    use std::cell::Cell;
+
+    use super::{HEAD_START, Instant, seeded_rng};
+
+    thread_local! {
+        static NOW: Cell<Option<World>> = const { Cell::new(None) };
+    }
+
+    #[derive(Clone, Copy)]
+    struct World {
+        start: Instant,
+        seed: u64,
+        generators: u64,
+    }
+
+    /// Ends the world when dropped.
+    pub(crate) struct End;
+
+    impl Drop for End {
+        fn drop(&mut self) {
+            NOW.set(None);
+        }
+    }
+
+    /// Begins one, on the clock of the runtime this is called on, which should be paused.
+    #[allow(clippy::disallowed_methods)]
+    pub(crate) fn begin(seed: u64) -> End {
+        NOW.set(Some(World { start: Instant::now() - HEAD_START, seed, generators: 0 }));
+        End
+    }
+
+    pub(super) fn start() -> Option<Instant> {
+        NOW.get().map(|world| world.start)
+    }
+
+    pub(super) fn rng() -> Option<fastrand::Rng> {
+        let world = NOW.get()?;
+        NOW.set(Some(World { generators: world.generators + 1, ..world }));
+        Some(seeded_rng(world.seed, world.generators))
     }
 }
 

@@ -23,6 +23,7 @@ pub mod upstream;
 pub mod clock;
 pub mod config;
 pub mod drain;
+pub mod net;
 pub mod telemetry;
 
 pub mod policy;

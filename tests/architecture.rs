@@ -41,6 +41,7 @@ const LAYERS: &[(&str, u8)] = &[
     ("telemetry", 1),
     ("drain", 1),
     ("clock", 1),
+    ("net", 1),
     // 0, decisions: values in, values out.
     ("policy", 0),
     ("sse", 0),

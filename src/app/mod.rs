@@ -7,6 +7,8 @@
 
 mod listeners;
 mod operator;
+#[cfg(test)]
+mod simnet;
 mod workers;
 
 use std::io;
@@ -25,7 +27,7 @@ use crate::app::workers::{Parts, Workers};
 use crate::clock;
 use crate::config::{Config, Source};
 use crate::discover;
-use crate::drain::{Drain, Drained, Phase};
+use crate::drain::{Drain, Drained, Draining, Phase};
 use crate::pool::Directory;
 use crate::probe;
 use crate::proxy::Memory;
@@ -132,9 +134,7 @@ struct Control {
 impl Control {
     async fn run(self) {
         let draining = || self.drain.watch();
-        tokio::spawn(probe::run(self.directory.clone(), draining()));
-        tokio::spawn(probe::read_loads(self.directory.clone(), draining()));
-        tokio::spawn(probe::keep_time(self.directory.clone(), draining()));
+        watch_backends(&self.directory, &draining());
         let resolver = Arc::new(Resolver::system());
         tokio::spawn(discover::run(self.directory.clone(), resolver, draining()));
         let reloading = reload::watch(self.reloader.clone(), draining());
@@ -148,6 +148,13 @@ impl Control {
         draining().done().await;
         self.operator.close();
     }
+}
+
+/// Starts what probes and judges the backends, until the drain is done.
+fn watch_backends(directory: &Arc<Directory>, draining: &Draining) {
+    tokio::spawn(probe::run(directory.clone(), draining.clone()));
+    tokio::spawn(probe::read_loads(directory.clone(), draining.clone()));
+    tokio::spawn(probe::keep_time(directory.clone(), draining.clone()));
 }
 
 /// The gauge of the memory bound is read, not written, on the hot path.

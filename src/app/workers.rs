@@ -10,6 +10,7 @@ use http::{Request, Response};
 use hyper::body::Incoming;
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
+use tokio::task;
 
 use crate::clock::Alarms;
 use crate::drain::Draining;
@@ -72,21 +73,7 @@ impl Workers {
         for index in 0..n {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             let (sender, receiver) = mpsc::channel(COMMANDS_MAX);
-            let alarms = Alarms::new();
-            let worker = Arc::new(Worker::new(
-                index,
-                parts.directory.clone(),
-                alarms.clone(),
-                parts.directory.telemetry().access_log.worker(),
-                parts.memory.clone(),
-            ));
-            let context = Arc::new(Context {
-                handler: Handler(worker.clone()),
-                clients: parts.clients.clone(),
-                alarms,
-                draining: parts.draining.clone(),
-                telemetry: parts.directory.telemetry().clone(),
-            });
+            let (worker, context) = equip(index, parts);
             let thread = std::thread::Builder::new()
                 .name(format!("worker-{index}"))
                 .spawn(move || runtime.block_on(work(worker, context, receiver)))?;
@@ -120,10 +107,31 @@ impl Workers {
     }
 }
 
+/// What worker `index` answers with, and serves its connections with.
+pub(super) fn equip(index: usize, parts: &Parts) -> (Arc<Worker>, Arc<Context<Handler>>) {
+    let alarms = Alarms::new();
+    let telemetry = parts.directory.telemetry().clone();
+    let access = telemetry.access_log.worker();
+    let (directory, memory) = (parts.directory.clone(), parts.memory.clone());
+    let worker = Arc::new(Worker::new(index, directory, alarms.clone(), access, memory));
+    let context = Arc::new(Context {
+        handler: Handler(worker.clone()),
+        clients: parts.clients.clone(),
+        alarms,
+        draining: parts.draining.clone(),
+        telemetry,
+    });
+    (worker, context)
+}
+
+/// Starts what goes on beside the connections of a worker, on its runtime and for as long as that lives.
+pub(super) fn attend(worker: Arc<Worker>, context: &Context<Handler>) -> [task::JoinHandle<()>; 2] {
+    [tokio::spawn(context.alarms.clone().run()), tokio::spawn(reap(worker))]
+}
+
 /// One thread's life.
 async fn work(worker: Arc<Worker>, context: Arc<Context<Handler>>, mut commands: mpsc::Receiver<Listen>) {
-    tokio::spawn(context.alarms.clone().run());
-    tokio::spawn(reap(worker));
+    attend(worker, &context);
     let draining = context.draining.clone();
     loop {
         tokio::select! {

@@ -72,6 +72,7 @@ pub async fn for_each_backend<F, W>(
         drop(snapshot);
         loop {
             tokio::select! {
+                biased;
                 () = draining.done() => return crew.tasks.shutdown().await,
                 swapped = generations.changed() => match swapped {
                     Ok(()) => break,

@@ -56,6 +56,7 @@ async fn read_for_good(place: Place) {
             place.backend.forget_reported();
         }
         tokio::select! {
+            biased;
             () = wait => {}
             changed = generations.changed() => {
                 if changed.is_err() {

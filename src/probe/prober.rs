@@ -57,6 +57,7 @@ impl Seen {
 /// Probes the backend at `place` until it is removed.
 pub(super) async fn probe_for_good(place: Place) {
     tokio::select! {
+        biased;
         () = probe_in_turn(&place) => {}
         () = verify_on_demand(&place) => {}
         () = canary::sing_for_good(&place) => {}
@@ -99,6 +100,7 @@ async fn probe_in_turn(place: &Place) {
             }
             let wake = doubt_due.map_or(due, |at| at.min(due));
             tokio::select! {
+                biased;
                 () = tokio::time::sleep(wake.since(now)) => {}
                 () = place.backend.nudged() => {}
             }

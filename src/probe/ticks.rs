@@ -24,6 +24,7 @@ pub async fn keep_time(directory: Arc<Directory>, draining: Draining) {
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
+            biased;
             () = draining.done() => return,
             _ = ticks.tick() => {}
         }

@@ -8,11 +8,10 @@ use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::net::TcpStream;
-
 use super::clients::Place;
 use super::{Answers, Context, Listening, connection};
 use crate::clock;
+use crate::net::{self, TcpStream};
 use crate::policy::Moment;
 
 /// After a failed accept that would fail again at once, such as without file descriptors.
@@ -47,7 +46,7 @@ pub async fn accept<H: Answers>(
                     () = context.draining.started() => context.clients.take_over_limit(),
                     () = retired.started() => context.clients.take_over_limit(),
                 }
-                serve(tcp, peer, &listening, &context);
+                serve(net::accepted(tcp), peer, &listening, &context);
             }
             Err(error) if is_of_one_connection(&error) => {}
             Err(error) => {
@@ -67,7 +66,7 @@ pub async fn accept<H: Answers>(
             Ok((tcp, peer)) => {
                 // The queue is bounded, and so is what this goes over the limit by.
                 context.clients.take_over_limit();
-                match tcp.set_nonblocking(true).and_then(|()| TcpStream::from_std(tcp)) {
+                match tcp.set_nonblocking(true).and_then(|()| net::from_std(tcp)) {
                     Ok(tcp) => serve(tcp, peer, &listening, &context),
                     Err(_unusable) => context.clients.leave_unused(),
                 }
@@ -76,6 +75,18 @@ pub async fn accept<H: Answers>(
             Err(_empty) => return Ok(()),
         }
     }
+}
+
+/// Serves a connection that came another way than by a socket, once there is a place for it.
+#[cfg(test)]
+pub(crate) async fn welcome<H: Answers>(
+    tcp: TcpStream,
+    peer: SocketAddr,
+    listening: &Arc<Listening>,
+    context: &Arc<Context<H>>,
+) {
+    context.clients.take(&context.telemetry).await;
+    serve(tcp, peer, listening, context);
 }
 
 /// Starts a connection's task. A place has been taken for it.

@@ -16,7 +16,6 @@ use hyper::server::conn::{http1, http2};
 use hyper::service::{HttpService, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
 use tokio_rustls::TlsAcceptor;
 
 use super::answer::Desk;
@@ -28,6 +27,7 @@ use super::{Answers, Context, Listening, tls};
 use crate::clock::{self, ALARM_TICK, Alarm};
 use crate::config::{ClientClocks, Limits};
 use crate::drain::{Draining, Phase};
+use crate::net::TcpStream;
 use crate::policy::Moment;
 use crate::proxy::Client;
 use crate::telemetry::Telemetry;

@@ -21,6 +21,8 @@ mod tls;
 mod wire;
 
 pub use accept::accept;
+#[cfg(test)]
+pub(crate) use accept::welcome;
 pub use answer::Answers;
 pub use bind::{BACKLOG, Bound, Claim, bind};
 pub use clients::{Bounds, Clients};

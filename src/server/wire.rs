@@ -11,12 +11,12 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::TcpStream;
 use tokio_rustls::server::TlsStream;
 
 use super::clients::Place;
 use super::guard::Framing;
 use super::pulse::Pulse;
+use crate::net::TcpStream;
 
 /// Read and thrown away at most per poll of a lingering close.
 const LINGER_READ_MAX: usize = 4096;

@@ -16,5 +16,7 @@ mod skin;
 
 pub use faults::Fault;
 pub use model::{Continuation, Model, detokenize, tokenize};
+#[cfg(test)]
+pub(crate) use replica::Portless;
 pub use replica::{Replica, ReplicaConfig, Stats};
 pub use skin::Skin;

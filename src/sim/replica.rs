@@ -17,9 +17,9 @@ use bytes::{Buf, Bytes};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use parking_lot::Mutex;
-use socket2::{Domain, Protocol, SockRef, Socket, Type};
+use socket2::{Domain, Protocol, Socket, Type};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpListener;
 use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::{JoinHandle, JoinSet};
 
@@ -27,6 +27,7 @@ use super::api;
 use super::faults::Fault;
 use super::serve;
 use super::skin::{Api, Skin};
+use crate::net::{self, TcpStream};
 
 /// Accept queue of the listening socket; connections beyond it wait for the client's SYN to be sent again.
 const BACKLOG: i32 = 1024;
@@ -137,16 +138,7 @@ impl Replica {
     pub async fn start(config: ReplicaConfig) -> io::Result<Self> {
         let reserved = bound(config.address)?;
         let address = reserved.local_addr()?.as_socket().ok_or(io::ErrorKind::AddrNotAvailable)?;
-        let shared = Arc::new(Shared {
-            slots: config.slots.map(|slots| Arc::new(Semaphore::new(slots.clamp(1, Semaphore::MAX_PERMITS)))),
-            config,
-            port: address.port(),
-            fault: Mutex::default(),
-            gate: Gate::default(),
-            loading: AtomicBool::new(false),
-            deaths: AtomicU64::new(0),
-            counters: Counters::default(),
-        });
+        let shared = Shared::new(config, address.port());
         let replica = Self { shared, address, reserved, life: tokio::sync::Mutex::default() };
         replica.revive().await?;
         Ok(replica)
@@ -222,17 +214,7 @@ impl Replica {
 
     /// What it saw.
     pub fn stats(&self) -> Stats {
-        let counters = &self.shared.counters;
-        Stats {
-            connections: counters.connections.load(Relaxed),
-            requests: counters.requests.load(Relaxed),
-            in_flight: counters.in_flight.load(Relaxed),
-            completed: counters.completed.load(Relaxed),
-            streams_cut: counters.streams_cut.load(Relaxed),
-            cancelled: counters.cancelled.load(Relaxed),
-            tokens: counters.tokens.load(Relaxed),
-            other_requests: counters.other_requests.load(Relaxed),
-        }
+        self.shared.stats()
     }
 }
 
@@ -255,6 +237,40 @@ pub(super) struct Shared {
     pub(super) counters: Counters,
     /// Kills so far: what began before one and ends after it was cut by it.
     deaths: AtomicU64,
+    /// Ids of the requests for inference that came, as they were given.
+    #[cfg(test)]
+    pub(super) ids: Mutex<Vec<String>>,
+}
+
+impl Shared {
+    fn new(config: ReplicaConfig, port: u16) -> Arc<Self> {
+        Arc::new(Self {
+            slots: config.slots.map(|slots| Arc::new(Semaphore::new(slots.clamp(1, Semaphore::MAX_PERMITS)))),
+            config,
+            port,
+            fault: Mutex::default(),
+            gate: Gate::default(),
+            loading: AtomicBool::new(false),
+            deaths: AtomicU64::new(0),
+            counters: Counters::default(),
+            #[cfg(test)]
+            ids: Mutex::default(),
+        })
+    }
+
+    fn stats(&self) -> Stats {
+        let counters = &self.counters;
+        Stats {
+            connections: counters.connections.load(Relaxed),
+            requests: counters.requests.load(Relaxed),
+            in_flight: counters.in_flight.load(Relaxed),
+            completed: counters.completed.load(Relaxed),
+            streams_cut: counters.streams_cut.load(Relaxed),
+            cancelled: counters.cancelled.load(Relaxed),
+            tokens: counters.tokens.load(Relaxed),
+            other_requests: counters.other_requests.load(Relaxed),
+        }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -342,7 +358,7 @@ async fn accept(shared: Arc<Shared>, listener: TcpListener, mut end: watch::Rece
             accepted = async { shared.gate.open().await; listener.accept().await } => match accepted {
                 Ok((stream, _)) => {
                     shared.counters.connections.fetch_add(1, Relaxed);
-                    connections.spawn(connection(Arc::clone(&shared), stream));
+                    connections.spawn(connection(Arc::clone(&shared), net::accepted(stream)));
                 }
                 Err(_) => tokio::time::sleep(ACCEPT_PAUSE).await,
             },
@@ -448,6 +464,50 @@ impl Gate {
     }
 }
 
+/// A replica without a port, for a simulated network: whoever has connections gives them to it.
+#[cfg(test)]
+pub(crate) struct Portless(Arc<Shared>);
+
+#[cfg(test)]
+impl Portless {
+    /// One that is alive, and loads for as long as it is told to.
+    pub(crate) fn new(config: ReplicaConfig) -> Self {
+        let port = config.address.port();
+        Self(Shared::new(config, port))
+    }
+
+    /// Serves a connection to its end. Dropped after a [`death`](Self::dies), it is reset.
+    pub(crate) fn serve(&self, stream: TcpStream) -> impl Future<Output = ()> + Send + use<> {
+        self.0.counters.connections.fetch_add(1, Relaxed);
+        connection(Arc::clone(&self.0), stream)
+    }
+
+    /// Its process is gone. Its connections are the caller's to drop.
+    pub(crate) fn dies(&self) {
+        self.0.deaths.fetch_add(1, Relaxed);
+    }
+
+    /// As [`Replica::set_fault`].
+    pub(crate) fn set_fault(&self, fault: Fault) {
+        *self.0.fault.lock() = fault;
+    }
+
+    /// As [`Replica::stats`].
+    pub(crate) fn stats(&self) -> Stats {
+        self.0.stats()
+    }
+
+    /// How often a request of this id came.
+    pub(crate) fn received(&self, id: &str) -> u32 {
+        self.0.ids.lock().iter().map(|given| u32::from(given == id)).sum()
+    }
+
+    /// What it says, when well, to a `POST` of this body: the text of a chat or a completion, else the whole body.
+    pub(crate) fn says(&self, path: &str, body: &serde_json::Value) -> Option<String> {
+        serve::said(&self.0, path, body)
+    }
+}
+
 /// A client's connection as the replica sees it: frozen with it, reset when it dies.
 struct Wire {
     stream: TcpStream,
@@ -481,7 +541,7 @@ impl Drop for Wire {
     fn drop(&mut self) {
         if self.shared.deaths.load(Relaxed) != self.deaths || self.fate.reset.load(Relaxed) {
             // Fails only on a connection that is gone already.
-            let _ = SockRef::from(&self.stream).set_linger(Some(Duration::ZERO));
+            let _ = self.stream.set_zero_linger();
         }
     }
 }

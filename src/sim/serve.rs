@@ -158,6 +158,8 @@ async fn inference(
     let skin = shared.config.skin;
     let mut in_flight = InFlight::begin(shared);
     let given_id = request.headers().get("x-request-id").and_then(|id| id.to_str().ok()).map(str::to_owned);
+    #[cfg(test)]
+    shared.ids.lock().extend(given_id.clone());
     let body = match Limited::new(request.into_body(), BODY_BYTES_MAX).collect().await {
         Ok(body) => body.to_bytes(),
         Err(_) => {
@@ -299,6 +301,19 @@ fn small(shared: &Shared, path: &str, asked: &Value) -> Result<String, Refusal> 
             .to_string())
         }
     }
+}
+
+/// What is said, when well, to a request: the text of a chat or a completion, else the whole body.
+#[cfg(test)]
+pub(super) fn said(shared: &Shared, path: &str, asked: &Value) -> Option<String> {
+    let config = &shared.config;
+    let api = match path {
+        "/v1/chat/completions" => Api::Chat,
+        "/v1/completions" => Api::Completions,
+        _ => return small(shared, path, asked).ok(),
+    };
+    let job = api::job(api, config.skin, &config.model, asked).ok()?;
+    Some(job.answer(&config.model, config.weights, config.tokens).tokens.concat())
 }
 
 /// A generated text, streamed or not.

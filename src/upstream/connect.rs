@@ -1,7 +1,6 @@
 //! Opening a connection: address, TCP, TLS, HTTP handshake, each failure named.
 
 use std::io;
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 use std::time::Duration;
@@ -10,11 +9,11 @@ use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use prometheus::IntGauge;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use crate::config::{BackendClocks, UpstreamHttp};
+use crate::net::{self, TcpStream};
 use crate::upstream::dns::Addresses;
 use crate::upstream::head::{ANSWER_HEAD_BYTES_MAX, ANSWER_HEADERS_MAX};
 use crate::upstream::lean::{Lean, Stream};
@@ -24,6 +23,9 @@ use crate::upstream::{H1, H2, OpenCount, OutBody, Task, Want};
 
 /// Head start of an address over the next one of the same name (RFC 8305 §5 recommends this much).
 const ADDRESS_HEAD_START: Duration = Duration::from_millis(250);
+/// Least time in which a machine must acknowledge something: five or six retransmissions. Never less than the write
+/// clock, for whose end it is to judge one that lives and does not read.
+const PATIENCE_MIN: Duration = Duration::from_secs(10);
 /// How much of an HTTP/2 answer the backend may send ahead, per stream and per connection.
 const H2_STREAM_WINDOW: u32 = 1 << 20;
 const H2_CONNECTION_WINDOW: u32 = 4 << 20;
@@ -45,6 +47,8 @@ pub struct Target {
     pub connect: Duration,
     /// TCP connection and TLS handshake.
     pub connect_tls: Duration,
+    /// A connection is given up when the other side's kernel has acknowledged nothing for so long.
+    pub patience: Duration,
     /// A kept connection is closed after this.
     pub idle: Duration,
     /// HTTP/2 PING on idle connections.
@@ -81,6 +85,7 @@ impl Target {
             http,
             connect: clocks.connect,
             connect_tls: clocks.connect_tls,
+            patience: clocks.write_idle.max(PATIENCE_MIN),
             idle: clocks.idle,
             h2_ping: clocks.h2_ping,
             h2_ping_timeout: clocks.h2_ping_timeout,
@@ -189,6 +194,9 @@ async fn open_unbounded(target: &Target, want: Want) -> Result<Opened, ConnectEr
     let tcp = connect_any(target).await?;
     // Small writes leave at once: Nagle with delayed acknowledgement costs 40 ms a token.
     tcp.set_nodelay(true).map_err(|e| fail(ConnectFailure::of(&e), e))?;
+    // What a tunnel carries may rest unread for as long as its ends like.
+    net::give_up_after(&tcp, target.patience, want == Want::Upgradable)
+        .map_err(|e| fail(ConnectFailure::of(&e), e))?;
     let Some(tls) = &target.tls else {
         return handshake(target, tcp, target.http == UpstreamHttp::Http2, want).await;
     };
@@ -206,14 +214,14 @@ async fn open_unbounded(target: &Target, want: Want) -> Result<Opened, ConnectEr
 async fn connect_any(target: &Target) -> Result<TcpStream, ConnectError> {
     let (addresses, first) = target.addresses.resolved().await.map_err(|e| fail(ConnectFailure::Dns, e))?;
     if let [only] = addresses[..] {
-        return TcpStream::connect(only).await.map_err(|e| fail(ConnectFailure::of(&e), e));
+        return net::connect(only).await.map_err(|e| fail(ConnectFailure::of(&e), e));
     }
     let mut waiting = (0..addresses.len()).map(|i| addresses[(first + i) % addresses.len()]);
     let mut tries = JoinSet::new();
     let mut last = io::Error::from(io::ErrorKind::NotFound);
     loop {
         if let Some(address) = waiting.next() {
-            tries.spawn(TcpStream::connect::<SocketAddr>(address));
+            tries.spawn(net::connect(address));
         }
         let head_start = if waiting.len() == 0 { Duration::MAX } else { ADDRESS_HEAD_START };
         match timeout(head_start, tries.join_next()).await {

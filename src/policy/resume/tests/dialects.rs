@@ -476,6 +476,34 @@ fn a_signature_is_told_by_one_leg_alone() {
 }
 
 #[test]
+fn what_was_begun_is_not_begun_again() {
+    let api = Api::Anthropic;
+    let parts = [Part::Text("abcd".to_owned())];
+    let first = api.says(&parts, 1, 1);
+    let uncut = api.hears(&first.concat());
+    // A replica that says its first text with the beginning of the block.
+    for said in ["", "a", "ab", "abc"] {
+        let rest = [Part::Text("abcd"[said.len()..].to_owned())];
+        let mut second = api.says(&rest, 2, 1);
+        let begin = String::from_utf8(second[1].clone()).unwrap();
+        second[1] = begin.replace(r#""text":"""#, &format!(r#""text":"{said}""#)).into_bytes();
+        for cut in 2..7 {
+            let held = api.hears(&first[..cut].concat()).blocks;
+            let held = held.first().map_or("", |block| block.2.as_str());
+            let mut stream = Stream::begun(api, &first[..cut]);
+            // The client has the block and not all of its first text: those are one event.
+            if held.len() < said.len() {
+                assert_eq!(stream.replay(&second.concat(), 0), Err(Abandon::Unsplittable), "{said} {cut}");
+                assert_eq!(stream.got, first[..cut].concat());
+            } else {
+                stream.replay(&second.concat(), 0).unwrap();
+                stream.heard().is(&uncut, &format!("{said} behind {cut}"));
+            }
+        }
+    }
+}
+
+#[test]
 fn errors_and_early_ends_of_any_api_abandon_a_leg() {
     for (api, event, why) in [
         (
