@@ -54,7 +54,7 @@ pub fn accepted(stream: Kernel) -> TcpStream {
 }
 
 /// Has the kernel give the connection up, with an error to whoever reads it, once its other side has acknowledged
-/// nothing for `patience`, which is at least [`KEEPALIVE_IDLE`] and a second: a machine that is gone or a firewall that
+/// nothing for `patience`, which is at least `KEEPALIVE_IDLE` and a second: a machine that is gone or a firewall that
 /// forgot says nothing, and TCP alone would wait for a quarter of an hour, or for ever where nothing is under way.
 ///
 /// `stalls` says that the other side may well leave bytes unread for longer. Else Linux counts that, too.

@@ -188,7 +188,10 @@ fn tick(c: &mut Conn, cfg: &Cfg) -> bool {
     let mut ev = Vec::with_capacity(cfg.cbytes + 64);
     ev.extend_from_slice(b"data: {\"id\":\"");
     ev.extend_from_slice(&c.id);
-    ev.extend_from_slice(format!("\",\"object\":\"text_completion\",\"choices\":[{{\"index\":0,\"text\":\"t={} ", now_ns()).as_bytes());
+    ev.extend_from_slice(
+        format!("\",\"object\":\"text_completion\",\"choices\":[{{\"index\":0,\"text\":\"t={} ", now_ns())
+            .as_bytes(),
+    );
     // The last chunk finishes its choice: an answer that only stops is a broken one.
     let tail: &[u8] = if c.left == 1 {
         b"\",\"finish_reason\":\"stop\"}]}\n\n"
