@@ -121,6 +121,7 @@ def wl(secs):
         "W2":  (False, ["--conns", 500, "--stream", "--warm", 2.5, "--ramp-ms", 1300, *s], "cpu_us_per_chunk", "µs CPU/chunk, 500 SSE streams of 64 chunks every 20 ms"),
         "W2s": (False, ["--conns", 100, "--stream", "--warm", 2, "--ramp-ms", 1300, *s], "cpu_us_per_chunk", "µs CPU/chunk, 100 SSE streams of 64 chunks every 20 ms (machine not full)"),
         "W2p": (True,  ["--conns", 400, "--stream", "--warm", 2, "--ramp-ms", 1300, *s], "cpu_us_per_chunk", "µs CPU/chunk, 400 SSE streams of 64 chunks every 20 ms, proxy on one core, load and backend on the other"),
+        "W2v": (True,  ["--conns", 400, "--stream", "--warm", 2, "--ramp-ms", 1300, *s], "cpu_us_per_chunk", "W2p with backends that are vLLM and give token ids to who asks"),
         "W4":  (True,  ["--conns", 8, "--req-bytes", 1 << 20, "--warm", 1, *s], "cpu_us_per_req", "µs CPU/MiB, 1 MiB request bodies, 8 connections"),
         "W5":  (True,  ["--conns", 16, "--no-keepalive", "--warm", 1, *s], "cpu_us_per_req", "µs CPU/request, a new client connection each"),
         "W6":  (True,  ["--conns", 64, "--tls", "--warm", 1.5, *s], "cpu_us_per_req", "W1 with TLS at the client side"),
@@ -152,7 +153,7 @@ def main():
         if w == "W3": res["workloads"][w] = w3(a, sy, names, ports); save(a, res); continue
         one, args, metric, title = W[w]
         args = args + a.extra.split()
-        be = Backend(ports, 1 if one else -1)
+        be = Backend(ports, 1 if one else -1, *(["--skin", "vllm"] if w == "W2v" else []))
         live, rows = [], {n: [] for n in names}
         try:
             for i, n in enumerate(names):

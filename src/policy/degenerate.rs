@@ -11,6 +11,8 @@
 
 use std::time::Duration;
 
+use crate::policy::json::unescape;
+
 /// From so many units on it is a run that is held back.
 pub const HELD_AT: u32 = 4;
 
@@ -248,33 +250,62 @@ pub fn repeats_itself(text: &[u8]) -> bool {
 }
 
 /// The unit of a run in an answer told in one piece: at its end, or a very long one anywhere.
-pub fn run_in(answer: &str) -> Option<&str> {
-    let text = answer.trim_end().as_bytes();
-    let found = tail_run(text, ASKED_AT).or_else(|| inside_run(text))?;
-    std::str::from_utf8(found).ok()
+pub fn run_in(answer: &[u8]) -> Option<&[u8]> {
+    let text = answer.trim_ascii_end();
+    tail_run(text, ASKED_AT).or_else(|| inside_run(text))
+}
+
+/// The same for what stands between the quotes of a JSON string.
+pub fn run_in_json(inside: &[u8]) -> Option<Vec<u8>> {
+    run_in(&unescape(inside)?).map(<[u8]>::to_vec)
 }
 
 fn tail_run(text: &[u8], units: u32) -> Option<&[u8]> {
-    (1..=UNIT_BYTES_MAX).find_map(|len| {
+    let (&last, before) = text.split_last()?;
+    let near = &before[before.len().saturating_sub(UNIT_BYTES_MAX)..];
+    // A unit is as long as the way back to another of the last byte.
+    memchr::memrchr_iter(last, near).find_map(|place| {
+        let len = near.len() - place;
         let tail = &text[text.len().checked_sub(len * units as usize)?..];
         let unit = &tail[..len];
         (tail[len..] == tail[..tail.len() - len] && !is_space(unit)).then_some(unit)
     })
 }
 
-/// A run of `INSIDE_UNITS_MIN` bytes or more covers a whole stride, and is found without looking at every byte.
+/// A run of `INSIDE_UNITS_MIN` bytes or more covers a whole stride and what is compared there, and is found without
+/// looking at every byte.
 fn inside_run(text: &[u8]) -> Option<&[u8]> {
-    let places = (INSIDE_UNIT_BYTES_MAX..text.len().saturating_sub(STRIDE)).step_by(STRIDE);
-    places.flat_map(|at| (1..=INSIDE_UNIT_BYTES_MAX).map(move |len| (at, len))).find_map(|(at, len)| {
-        if text[at..at + STRIDE / 2] != text[at - len..at - len + STRIDE / 2] {
-            return None;
+    let mut at = INSIDE_UNIT_BYTES_MAX;
+    while let Some(around) = text.get(at - INSIDE_UNIT_BYTES_MAX..).and_then(|near| near.first_chunk()) {
+        if let Some(len) = period(around) {
+            let same = |at: &usize| text[*at] == text[*at - len];
+            let behind = (at..text.len()).take_while(same).count();
+            let before = (len..at).rev().take_while(same).count();
+            let unit = &text[at - len..at];
+            if behind + before >= len * (INSIDE_UNITS_MIN - 1) && !is_space(unit) {
+                return Some(unit);
+            }
         }
-        let same = |at: &usize| text[*at] == text[*at - len];
-        let behind = (at..text.len()).take_while(same).count();
-        let before = (len..at).rev().take_while(same).count();
-        let unit = &text[at - len..at];
-        (behind + before >= len * (INSIDE_UNITS_MIN - 1) && !is_space(unit)).then_some(unit)
-    })
+        at += STRIDE;
+    }
+    None
+}
+
+/// How far before the last eight of these bytes the same eight stand; the least such distance, which is that of every
+/// run that covers them.
+fn period(around: &[u8; 2 * INSIDE_UNIT_BYTES_MAX]) -> Option<usize> {
+    const EACH: u64 = u64::MAX / 255;
+    let whole = u128::from_le_bytes(*around);
+    let last = (whole >> 64) as u64;
+    // Most places do not have the byte they begin with among the eight before it: none of these is zero then.
+    let differ = whole as u64 ^ (EACH * (last & 255));
+    if differ.wrapping_sub(EACH) & !differ & (EACH << 7) == 0 {
+        return None;
+    }
+    let at = |back: usize| (whole >> (64 - 8 * back)) as u64 == last;
+    // Written out, each is a shift by a constant and a comparison.
+    let found = [at(1), at(2), at(3), at(4), at(5), at(6), at(7), at(8)];
+    found.iter().position(|&equal| equal).map(|place| place + 1)
 }
 
 #[cfg(test)]
@@ -400,7 +431,7 @@ mod tests {
         let ruler = |n: usize| format!("Title\n{}\ntext", "-".repeat(n));
         for before in 0..40 {
             let answer = format!("{}{} behind it", " ".repeat(before), "!".repeat(32));
-            assert_eq!(run_in(&answer), Some("!"), "{before}");
+            assert_eq!(run_in(answer.as_bytes()), Some(&b"!"[..]), "{before}");
         }
         for (answer, unit) in [
             ("Hello!!!!!!!!".to_owned(), Some("!")),
@@ -413,7 +444,7 @@ mod tests {
             (format!("x{}y", " ".repeat(200)), None),
             (String::new(), None),
         ] {
-            assert_eq!(run_in(&answer), unit, "{answer:?}");
+            assert_eq!(run_in(answer.as_bytes()), unit.map(str::as_bytes), "{answer:?}");
         }
     }
 
@@ -475,7 +506,8 @@ mod tests {
 
         #[test]
         fn an_answer_with_a_run_is_known_by_its_unit(before in "[a-z ]{0,40}", unit in "[!#a-z]{1,8}", times in 32usize..60) {
-            let found = run_in(&format!("{before}{}", unit.repeat(times))).map(str::len);
+            let answer = format!("{before}{}", unit.repeat(times));
+            let found = run_in(answer.as_bytes()).map(<[u8]>::len);
             prop_assert!(found.is_some_and(|len| len <= unit.len()));
         }
     }

@@ -941,7 +941,7 @@ fn next_item(bytes: &[u8], at: usize) -> Option<usize> {
 }
 
 /// The bytes a string stands for; `None` for what has none (a lone surrogate) or is no escape.
-fn unescape(inside: &[u8]) -> Option<Cow<'_, [u8]>> {
+pub(super) fn unescape(inside: &[u8]) -> Option<Cow<'_, [u8]>> {
     let Some(mut at) = memchr::memchr(b'\\', inside) else { return Some(Cow::Borrowed(inside)) };
     let mut text = Vec::with_capacity(inside.len());
     text.extend_from_slice(&inside[..at]);

@@ -123,6 +123,15 @@ impl PoolState {
         false
     }
 
+    /// Takes what a second opinion costs: from the half of the budget that retries can spare, or, about a backend that
+    /// was overruled lately (`wary`), from all that a first retry may draw on.
+    pub fn may_ask(&self, policy: &RetryPolicy, wary: bool) -> bool {
+        match wary {
+            true => self.may_retry(policy, true),
+            false => self.budget.lock().withdraw_spare(clock::now(), policy),
+        }
+    }
+
     /// Takes one attempt at a suspect from the budget; `paid` when it is a retry that drew on it already.
     pub(super) fn may_try_suspect(&self, policy: &RetryPolicy, paid: bool, now: Moment) -> bool {
         self.budget.lock().withdraw_for_suspect(now, policy, paid)

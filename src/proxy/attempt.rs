@@ -6,6 +6,7 @@
 //! connection, so that the engine stops working for nobody.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -61,6 +62,8 @@ pub(super) enum Answer {
         head: Box<response::Parts>,
         /// Its body.
         body: Bytes,
+        /// Where its text stands, if it is a generated one.
+        text: Option<Range<usize>>,
         /// What came after it.
         trailers: Option<HeaderMap>,
         /// Its share of the memory bound.
@@ -435,7 +438,7 @@ impl Attempt<'_> {
         }
         let body = joined(chunks);
         match check_answer(self.asked.endpoint, head.status, &body) {
-            Ok(()) => Ok((Cause::Answered, Some(Answer::Whole { head, body, trailers, held }))),
+            Ok(text) => Ok((Cause::Answered, Some(Answer::Whole { head, body, text, trailers, held }))),
             Err(BadAnswer::Empty) => Err(Cause::EmptyBody),
             Err(BadAnswer::Json(_) | BadAnswer::NotFinite | BadAnswer::Missing(_)) => Err(Cause::InvalidBody),
             Err(BadAnswer::Unfinished(_)) => Err(Cause::AbortFinish),
@@ -464,7 +467,7 @@ impl Attempt<'_> {
         }
         let body = joined(chunks);
         let cause = self.error_cause(head.status, &head.headers, &body);
-        Ok((cause, Some(Answer::Whole { head, body, trailers, held })))
+        Ok((cause, Some(Answer::Whole { head, body, text: None, trailers, held })))
     }
 
     fn error_cause(&self, status: StatusCode, headers: &HeaderMap, body: &[u8]) -> Cause {
@@ -576,7 +579,8 @@ enum Collected {
 /// An answer without a body, as gRPC says what went wrong: in its trailers, or in its head alone (F38).
 fn grpc_status_alone(head: Box<response::Parts>, trailers: Option<HeaderMap>) -> End {
     let cause = grpc_cause(trailers.as_ref().unwrap_or(&head.headers)).unwrap_or(Cause::Answered);
-    (cause, Some(Answer::Whole { head, body: Bytes::new(), trailers, held: Held::default() }))
+    let (body, held) = (Bytes::new(), Held::default());
+    (cause, Some(Answer::Whole { head, body, text: None, trailers, held }))
 }
 
 /// What a gRPC status says, where there is one and it is not OK.

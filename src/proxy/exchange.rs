@@ -495,7 +495,7 @@ impl Exchange {
     /// had to say comes before what another one says.
     fn nobody(mut self: Box<Self>, refusal: Refusal) -> Response<AnswerBody> {
         match self.last.take() {
-            Some((Answer::Whole { head, body, trailers, held }, pool)) => {
+            Some((Answer::Whole { head, body, trailers, held, .. }, pool)) => {
                 self.whole(head, pool, |ledger| AnswerBody::held(body, trailers, ledger, held))
             }
             Some((Answer::Refused { status, body }, pool)) => self.refused(status, pool, body),
@@ -525,7 +525,7 @@ impl Exchange {
                 let refusal = Refusal::Failed { cause, enough: "not_retried" };
                 self.nobody(refusal)
             }
-            Some(Answer::Whole { head, body, trailers, held }) => {
+            Some(Answer::Whole { head, body, trailers, held, .. }) => {
                 let pool = self.leg.named();
                 self.whole(head, pool, |ledger| AnswerBody::held(body, trailers, ledger, held))
             }

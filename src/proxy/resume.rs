@@ -20,7 +20,7 @@ use crate::policy::moves::MOVES_MAX;
 use crate::policy::poison;
 use crate::policy::resume::{Peers, Plan, Refused, Splice, Strategy};
 use crate::policy::retry::{Cause, Facts, Phase, Verdict, verdict};
-use crate::pool::{About, BackendId, Canary, Choice, Nobody, Origin, Wanted};
+use crate::pool::{About, BackendId, Canary, Choice, Nobody, Origin, Pool, Wanted};
 use crate::proxy::admit::Asked;
 use crate::proxy::attempt::{Answer, Attempt, Outcome};
 use crate::proxy::hedge::Tried;
@@ -347,12 +347,15 @@ impl Resumer {
         attempts: u8,
     ) -> Option<(Plan, Asking)> {
         let Request { leg, body, .. } = &*self.request;
-        let plan = splice.plan(leg.pool.config.probe.page.preset, body).ok()?;
-        if !leg.pool.state.may_retry(&leg.policy, wary) {
-            return None;
-        }
         let mut tried = self.broke.clone();
         tried.push(backend);
+        let plan = splice.plan(self.peers(&tried), body).ok()?;
+        if !leg.pool.state.may_ask(&leg.policy, wary) {
+            return None;
+        }
+        if let Some(origin) = &self.origin {
+            tried.extend(unfit(&leg.pool, origin, plan.strategy));
+        }
         let hearing = hear(self.request.clone(), plan.clone(), tried, u32::from(attempts) + 1);
         Some((plan, Box::pin(hearing)))
     }
@@ -517,6 +520,14 @@ pub(super) fn choose_witness(
     None
 }
 
+/// The backends that cannot go on this way with what began at `origin`.
+fn unfit(pool: &Pool, origin: &Origin, strategy: Strategy) -> impl Iterator<Item = BackendId> {
+    let members = pool.members.iter().enumerate();
+    members
+        .filter(move |(i, _)| !pool.may_continue(*i, origin, strategy))
+        .map(|(_, member)| member.backend.id)
+}
+
 /// The backend of the next leg: one that can continue it if that is the way, rather one that has just shown life, and
 /// one that was not tried. Waited for as any is, if there is one at all; where all were tried, one that has spoken to
 /// somebody since may be asked again, after half of the wait: what has just broken a stream is seldom well at once.
@@ -536,9 +547,7 @@ async fn choose(
         }
         let mut but: SmallVec<[BackendId; 8]> = SmallVec::new();
         if let Some((origin, strategy)) = origin {
-            let members = leg.pool.members.iter().enumerate();
-            let unfit = members.filter(|(i, _)| !leg.pool.may_continue(*i, origin, strategy));
-            but.extend(unfit.map(|(_, member)| member.backend.id));
+            but.extend(unfit(&leg.pool, origin, strategy));
             if but.len() == leg.pool.members.len() {
                 return None;
             }

@@ -3,6 +3,7 @@
 //! Lenient in everything that does not show a failure: a member more or less is the engine's business.
 
 use std::fmt;
+use std::ops::Range;
 
 use http::StatusCode;
 
@@ -47,24 +48,31 @@ impl std::error::Error for BadAnswer {}
 /// they say. The body must be decoded (no content coding).
 ///
 /// Costs one pass; what is no JSON by definition (gRPC, unknown endpoints) is not looked at.
-pub fn check_answer(endpoint: Endpoint, status: StatusCode, body: &[u8]) -> Result<(), BadAnswer> {
+///
+/// Gives the place of a generated text: between the quotes of the last one, escapes and all.
+pub fn check_answer(
+    endpoint: Endpoint,
+    status: StatusCode,
+    body: &[u8],
+) -> Result<Option<Range<usize>>, BadAnswer> {
     if !status.is_success() {
-        return Ok(());
+        return Ok(None);
     }
     let visible = body.trim_ascii_start();
     if visible.is_empty() {
-        return if endpoint.must_have_body() { Err(BadAnswer::Empty) } else { Ok(()) };
+        return if endpoint.must_have_body() { Err(BadAnswer::Empty) } else { Ok(None) };
     }
     if !endpoint.answers_json() {
-        return Ok(());
+        return Ok(None);
     }
     if endpoint.generates() {
         // A batch of prompts at a native endpoint is answered by a list, which has no error shape.
         if visible.first() == Some(&b'[') {
-            return json::validate(body).map_err(BadAnswer::Json);
+            return json::validate(body).map(|()| None).map_err(BadAnswer::Json);
         }
         let facts = read_object(endpoint, body).map_err(BadAnswer::Json)?;
-        return check_generation(endpoint, &facts);
+        check_generation(endpoint, &facts)?;
+        return Ok(facts.content.map(|(start, end)| start..end));
     }
     let body = if endpoint == Endpoint::KserveInfer { json_part(body)? } else { body };
     let numbers = matches!(
@@ -84,7 +92,7 @@ pub fn check_answer(endpoint: Endpoint, status: StatusCode, body: &[u8]) -> Resu
     if check.not_finite {
         return Err(BadAnswer::NotFinite);
     }
-    Ok(())
+    Ok(None)
 }
 
 fn check_generation(endpoint: Endpoint, facts: &EventFacts) -> Result<(), BadAnswer> {
@@ -242,7 +250,25 @@ mod tests {
     use crate::policy::json::JsonErrorKind;
 
     fn check(endpoint: Endpoint, body: &str) -> Result<(), BadAnswer> {
-        check_answer(endpoint, StatusCode::OK, body.as_bytes())
+        check_answer(endpoint, StatusCode::OK, body.as_bytes()).map(|_| ())
+    }
+
+    #[test]
+    fn the_place_of_a_generated_text_is_told() {
+        let chat = |message: &str| {
+            format!(r#"{{"choices":[{{"index":0,"message":{{{message}}},"finish_reason":"stop"}}]}}"#)
+        };
+        for (body, text) in [
+            (chat(r#""role":"assistant","content":"a\n\"b\"""#), Some(r#"a\n\"b\""#)),
+            (chat(r#""content":"so","reasoning_content":"hm""#), Some("so")),
+            (chat(r#""reasoning_content":"hm","content":"so""#), Some("so")),
+            (chat(r#""content":null,"tool_calls":[{"id":"x"}]"#), None),
+        ] {
+            let place = check_answer(Endpoint::ChatCompletions, StatusCode::OK, body.as_bytes()).unwrap();
+            assert_eq!(place.map(|place| &body[place]), text, "{body}");
+        }
+        let numbers = check_answer(Endpoint::Embeddings, StatusCode::OK, br#"{"data":[{"embedding":[1]}]}"#);
+        assert_eq!(numbers, Ok(None));
     }
 
     #[test]
@@ -340,6 +366,6 @@ mod tests {
 
     #[test]
     fn errors_say_for_themselves_what_they_are() {
-        assert_eq!(check_answer(Endpoint::ChatCompletions, StatusCode::BAD_REQUEST, b""), Ok(()));
+        assert_eq!(check_answer(Endpoint::ChatCompletions, StatusCode::BAD_REQUEST, b""), Ok(None));
     }
 }

@@ -139,6 +139,8 @@ pub struct EventFacts {
     pub meaningful: bool,
     /// Where its token stands, when it carries one piece of text and nothing else.
     pub text: Option<Text>,
+    /// Between the quotes of the last piece of the answer itself, whatever else it carries.
+    pub content: Option<(usize, usize)>,
     /// Between the brackets of the list of token ids, where it has one.
     pub ids: Option<(usize, usize)>,
     /// The worst end of a choice in this event; see `finished` for which of them are good.
@@ -181,8 +183,11 @@ impl EventFacts {
             return;
         }
         let alone = !self.meaningful && value.kind() == Kind::String;
-        let span = value.span();
-        self.text = alone.then(|| Text { start: span.start + 1, end: span.end - 1, kind });
+        let (start, end) = (value.span().start + 1, value.span().end - 1);
+        self.text = alone.then_some(Text { start, end, kind });
+        if kind == TextKind::Content && value.kind() == Kind::String {
+            self.content = Some((start, end));
+        }
         self.meaningful = true;
     }
 
@@ -266,10 +271,11 @@ impl EventReader {
             return None;
         }
         let filled = self.frame.fit(event.data)?;
-        let text =
-            self.facts.text.map(|text| Text { start: filled.text.start, end: filled.text.end, ..text });
+        let (start, end) = (filled.text.start, filled.text.end);
+        let text = self.facts.text.map(|text| Text { start, end, ..text });
+        let content = self.facts.content.map(|_| (start, end));
         let ids = filled.ids.map(|ids| (ids.start, ids.end));
-        Some(EventFacts { text, ids, ..self.facts })
+        Some(EventFacts { text, content, ids, ..self.facts })
     }
 }
 

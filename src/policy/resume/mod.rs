@@ -384,6 +384,8 @@ pub struct Peers {
     pub context_max: Option<u64>,
 }
 
+/// Peers of one engine that continue texts.
+#[cfg(test)]
 impl From<Option<Engine>> for Peers {
     fn from(engine: Option<Engine>) -> Self {
         Self { engine, text: engine.is_some(), ids: false, context_max: None }

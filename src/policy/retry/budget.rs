@@ -74,6 +74,13 @@ impl Budget {
         true
     }
 
+    /// Takes one for what may as well be left undone: only while half of the budget is left, so that it never costs a
+    /// failure its retry.
+    pub fn withdraw_spare(&mut self, now: Moment, policy: &RetryPolicy) -> bool {
+        self.roll(now);
+        self.left_by(policy) - reserve(policy) > self.whole(policy) / 2.0 && self.withdraw(now, policy)
+    }
+
     /// Takes an attempt at a suspect: never more, in any time, than that time's share and floor, and two. A retry
     /// has drawn on the budget already (`paid`), and is spread like the others.
     pub fn withdraw_for_suspect(&mut self, now: Moment, policy: &RetryPolicy, paid: bool) -> bool {
@@ -119,8 +126,12 @@ impl Budget {
     }
 
     fn left_by(&self, policy: &RetryPolicy) -> f64 {
-        let earned = policy.budget_ratio * self.requests as f64;
-        earned + policy.budget_floor * WINDOW_SECONDS as f64 - self.retries as f64
+        self.whole(policy) - self.retries as f64
+    }
+
+    /// What the window allows in all.
+    fn whole(&self, policy: &RetryPolicy) -> f64 {
+        policy.budget_ratio * self.requests as f64 + policy.budget_floor * WINDOW_SECONDS as f64
     }
 
     /// Forgets the slots that have left the window; returns the slot of `now`.
@@ -189,6 +200,18 @@ mod tests {
         let (mut budget, policy) = (Budget::default(), RetryPolicy::default());
         let granted = (0..1000).filter(|_| budget.withdraw(at(1.0), &policy)).count();
         assert_eq!(granted, 90, "and the rest is for suspects");
+    }
+
+    #[test]
+    fn what_may_be_left_undone_leaves_half_to_retries() {
+        let (mut budget, policy) = (Budget::default(), RetryPolicy::default());
+        (0..500).for_each(|_| budget.deposit(at(1.0)));
+        // 200 in all, of which 10 are kept for suspects.
+        let spare = (0..1000).filter(|_| budget.withdraw_spare(at(1.0), &policy)).count();
+        assert_eq!(spare, 90);
+        let retries = (0..1000).filter(|_| budget.withdraw(at(1.0), &policy)).count();
+        assert_eq!(retries, 100);
+        assert!(!budget.withdraw_spare(at(1.0), &policy));
     }
 
     #[test]

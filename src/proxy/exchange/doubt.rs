@@ -8,8 +8,8 @@ use std::time::Duration;
 use tokio::time::timeout;
 
 use crate::clock;
-use crate::policy::degenerate::run_in;
-use crate::policy::dialect::{Endpoint, answer_text};
+use crate::policy::degenerate::run_in_json;
+use crate::policy::dialect::Endpoint;
 use crate::policy::health::Observation;
 use crate::policy::resume::ResumeMode;
 use crate::policy::retry::{Phase, Verdict, verdict};
@@ -30,7 +30,7 @@ const PATIENCE: Duration = Duration::from_secs(1);
 
 impl Exchange {
     /// What a whole answer repeats, where a peer may be asked about it.
-    pub(in crate::proxy) fn doubtful(&self, outcome: &Outcome) -> Option<String> {
+    pub(in crate::proxy) fn doubtful(&self, outcome: &Outcome) -> Option<Vec<u8>> {
         let resume = &self.leg.pool.config.resume;
         let may_ask = resume.second_opinion
             && resume.mode != ResumeMode::Off
@@ -43,16 +43,11 @@ impl Exchange {
         if !may_ask || verdict(&outcome.facts) != Verdict::Success {
             return None;
         }
-        self.repeats(outcome)
-    }
-
-    fn repeats(&self, outcome: &Outcome) -> Option<String> {
-        let Some(Answer::Whole { body, .. }) = &outcome.answer else { return None };
-        run_in(&answer_text(self.asked.endpoint, body)?).map(str::to_owned)
+        repeats(outcome)
     }
 
     /// The attempt itself, whose answer repeats `unit`, or that of a peer whose answer is to be believed instead.
-    pub(in crate::proxy) async fn ask_about(&mut self, first: Tried, unit: String) -> Tried {
+    pub(in crate::proxy) async fn ask_about(&mut self, first: Tried, unit: Vec<u8>) -> Tried {
         let Some(second) = self.ask_witness(&first).await else {
             self.leg.pool.state.metrics.count_opinion("none");
             return first;
@@ -63,7 +58,7 @@ impl Exchange {
             self.learn_aside(&second);
             return first;
         }
-        match self.repeats(&second.outcome) {
+        match repeats(&second.outcome) {
             None => self.replaced(&first, &second),
             Some(other) => {
                 // Another run is no better an answer.
@@ -86,7 +81,7 @@ impl Exchange {
         let mut tried = self.tried.clone();
         tried.push(first.choice.backend().id);
         let choice = choose_witness(&self.worker, &self.leg, &self.asked, tried)?;
-        if !self.leg.pool.state.may_retry(&self.leg.policy, first.choice.record.is_wary()) {
+        if !self.leg.pool.state.may_ask(&self.leg.policy, first.choice.record.is_wary()) {
             choice.nothing_sent();
             return None;
         }
@@ -126,6 +121,12 @@ impl Exchange {
         self.history.add(&first.outcome.facts);
         self.tried.push(choice.backend().id);
     }
+}
+
+/// What a whole answer says over and over.
+fn repeats(outcome: &Outcome) -> Option<Vec<u8>> {
+    let Some(Answer::Whole { body, text: Some(text), .. }) = &outcome.answer else { return None };
+    run_in_json(&body[text.clone()])
 }
 
 /// An attempt whose answer is not shown.

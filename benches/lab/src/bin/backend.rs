@@ -31,14 +31,29 @@ struct Conn {
     next: u64,
     int_ns: u64,
     id: Vec<u8>,
-    is_models: bool,
+    page: Page,
+    with_ids: bool,
+    first: bool,
     body_n: u64,
+}
+/// What a GET asks for.
+#[derive(Clone, Copy)]
+enum Page {
+    Models,
+    Version,
+    Other,
 }
 struct Cfg {
     reply: usize,
     chunks: u64,
     int_ns: u64,
     cbytes: usize,
+    /// Says that it is vLLM, and gives token ids to who asks for them.
+    vllm: bool,
+}
+/// Text that is not one token over and over.
+fn words() -> impl Iterator<Item = u8> {
+    b"a gate stands open while its keepers come and go by night. ".iter().copied().cycle()
 }
 const KEEP: usize = 8192; // routers re-serialise the JSON: the fields may come after the prompt
 
@@ -51,6 +66,7 @@ fn main() {
         chunks: a.num("--chunks", 64),
         int_ns: (a.num("--interval-ms", 20.0f64) * 1e6) as u64,
         cbytes: a.num("--chunk-bytes", 200),
+        vllm: a.str("--skin", "generic") == "vllm",
     };
     let ep = Ep::new();
     let ports: Vec<u16> = a.str("--ports", "9001").split(',').map(|p| p.parse().unwrap()).collect();
@@ -90,7 +106,9 @@ fn main() {
                         next: 0,
                         int_ns: 0,
                         id: Vec::new(),
-                        is_models: false,
+                        page: Page::Other,
+                        with_ids: false,
+                        first: false,
                         body_n: 0,
                     });
                     let i = match free.pop() {
@@ -193,14 +211,22 @@ fn tick(c: &mut Conn, cfg: &Cfg) -> bool {
             .as_bytes(),
     );
     // The last chunk finishes its choice: an answer that only stops is a broken one.
-    let tail: &[u8] = if c.left == 1 {
-        b"\",\"finish_reason\":\"stop\"}]}\n\n"
-    } else {
-        b"\",\"finish_reason\":null}]}\n\n"
-    };
-    while ev.len() + tail.len() < cfg.cbytes {
-        ev.push(b'x');
+    let finish = if c.left == 1 { "\"stop\"" } else { "null" };
+    let mut tail = format!("\",\"finish_reason\":{finish}");
+    if cfg.vllm {
+        tail.push_str(",\"stop_reason\":null");
+        let prompt = if c.with_ids && c.first { "[101,102,103,104,105,106,107,108]" } else { "null" };
+        tail.push_str(&format!(",\"prompt_token_ids\":{prompt}"));
+        match c.with_ids {
+            true => tail.push_str(&format!(",\"token_ids\":[{}]", 1000 + c.left)),
+            false => tail.push_str(",\"token_ids\":null"),
+        }
+        c.first = false;
     }
+    tail.push_str("}]}\n\n");
+    let tail = tail.as_bytes();
+    let filler = cfg.cbytes.saturating_sub(ev.len() + tail.len());
+    ev.extend(words().take(filler));
     ev.extend_from_slice(tail);
     c.left -= 1;
     let done = c.left == 0;
@@ -257,7 +283,12 @@ fn feed(
                 }
                 b = &b[used..];
                 c.get = !head.starts_with(b"POST");
-                c.is_models = find(&head[..head.len().min(64)], b"models").is_some();
+                let asks = |page: &[u8]| find(&head[..head.len().min(64)], page).is_some();
+                c.page = match () {
+                    () if asks(b"models") => Page::Models,
+                    () if asks(b"/version") => Page::Version,
+                    () => Page::Other,
+                };
                 c.close = head.windows(9).take(16).any(|w| w.starts_with(b"HTTP/1.0"))
                     || memchr::memchr(b'\n', head)
                         .map_or(false, |e| head[..e].windows(8).any(|w| w == b"HTTP/1.0"));
@@ -347,10 +378,11 @@ fn answer(c: &mut Conn, cfg: &Cfg, heap: &mut BinaryHeap<Reverse<(u64, u32, u32)
     c.s = S::Head;
     let conn = if c.close { "Connection: close\r\n" } else { "" };
     if c.get {
-        let b: &[u8] = if c.is_models {
-            b"{\"object\":\"list\",\"data\":[{\"id\":\"m\",\"object\":\"model\",\"created\":1,\"owned_by\":\"lab\",\"root\":\"m\",\"max_model_len\":8192}]}"
-        } else {
-            b"{\"status\":\"ok\",\"model_path\":\"m\",\"served_model_name\":\"m\",\"is_generation\":true,\"dp_size\":1,\"max_running_requests\":512,\"version\":\"0.5.0\"}"
+        let b: &[u8] = match c.page {
+            Page::Models if cfg.vllm => b"{\"object\":\"list\",\"data\":[{\"id\":\"m\",\"object\":\"model\",\"created\":1,\"owned_by\":\"vllm\",\"root\":\"m\",\"max_model_len\":8192}]}",
+            Page::Models => b"{\"object\":\"list\",\"data\":[{\"id\":\"m\",\"object\":\"model\",\"created\":1,\"owned_by\":\"lab\",\"root\":\"m\",\"max_model_len\":8192}]}",
+            Page::Version if cfg.vllm => b"{\"version\":\"0.11.0\"}",
+            _ => b"{\"status\":\"ok\",\"model_path\":\"m\",\"served_model_name\":\"m\",\"is_generation\":true,\"dp_size\":1,\"max_running_requests\":512,\"version\":\"0.5.0\"}",
         };
         c.out.extend_from_slice(
             format!(
@@ -380,6 +412,8 @@ fn answer(c: &mut Conn, cfg: &Cfg, heap: &mut BinaryHeap<Reverse<(u64, u32, u32)
         c.left = json_int(&c.body, "max_tokens").unwrap_or(cfg.chunks).max(1);
         c.int_ns = json_int(&c.body, "interval_ms").map_or(cfg.int_ns, |v| v * 1_000_000);
         c.out.extend_from_slice(format!("HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nCache-Control: no-cache\r\nServer: uvicorn\r\nX-Request-Id: {}\r\n{conn}Transfer-Encoding: chunked\r\n\r\n", String::from_utf8_lossy(&c.id)).as_bytes());
+        c.with_ids = cfg.vllm && find(&c.body, b"\"return_token_ids\":true").is_some();
+        c.first = true;
         c.s = S::Streaming;
         let now = now_ns();
         if c.int_ns == 0 {
@@ -408,7 +442,7 @@ fn answer(c: &mut Conn, cfg: &Cfg, heap: &mut BinaryHeap<Reverse<(u64, u32, u32)
     body.extend_from_slice(format!("\",\"object\":\"text_completion\",\"model\":\"m\",\"created\":1,\"got\":{},\"usage\":{{\"prompt_tokens\":1,\"completion_tokens\":1,\"total_tokens\":2}},\"choices\":[{{\"index\":0,\"finish_reason\":\"stop\",\"message\":{{\"role\":\"assistant\",\"content\":\"ok\"}},\"text\":\"", c.body_n).as_bytes());
     let tail = b"\"}]}";
     let pad = want.saturating_sub(body.len() + tail.len());
-    body.resize(body.len() + pad, b'y');
+    body.extend(words().take(pad));
     body.extend_from_slice(tail);
     c.out.extend_from_slice(format!("HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nServer: uvicorn\r\nX-Request-Id: {}\r\n{conn}Content-Length: {}\r\n\r\n", String::from_utf8_lossy(&c.id), body.len()).as_bytes());
     c.out.extend_from_slice(&body);
