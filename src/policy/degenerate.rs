@@ -464,7 +464,7 @@ mod tests {
         assert_eq!(token.len(), UNIT_BYTES_MAX);
         for (pieces, unit, units) in [
             (&["!!", "!", "!!!"][..], "!", 6),
-            (&["ha", "haha", "ha"], "ha", 4),
+            (&["haha", "ha", "ha"], "ha", 4),
             (&[token; 4], token, 4),
             // Some of it again, and no more: each of these is a whole.
             (&["haho"; 4], "haho", 4),
