@@ -297,9 +297,12 @@ fn period(around: &[u8; 2 * INSIDE_UNIT_BYTES_MAX]) -> Option<usize> {
     const EACH: u64 = u64::MAX / 255;
     let whole = u128::from_le_bytes(*around);
     let last = (whole >> 64) as u64;
-    // Most places do not have the byte they begin with among the eight before it: none of these is zero then.
-    let differ = whole as u64 ^ (EACH * (last & 255));
-    if differ.wrapping_sub(EACH) & !differ & (EACH << 7) == 0 {
+    // Few places have both their first and their last byte among the eight before each: one of these is zero then.
+    let stands_in = |eight: u64, byte: u64| {
+        let differ = eight ^ (EACH * byte);
+        differ.wrapping_sub(EACH) & !differ & (EACH << 7) != 0
+    };
+    if !(stands_in(whole as u64, last & 255) && stands_in((whole >> 56) as u64, last >> 56)) {
         return None;
     }
     let at = |back: usize| (whole >> (64 - 8 * back)) as u64 == last;
