@@ -7,7 +7,9 @@
 //! alarms ring up to a tick late, never early. They are not for waits that need to be exact: use
 //! tokio's timers there.
 
+use std::cell::Cell;
 use std::future::poll_fn;
+use std::marker::PhantomData;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, Waker};
@@ -31,12 +33,52 @@ pub const HEAD_START: Duration = Duration::from_secs(1);
 /// Environment variable with a number that makes [`rng`] repeat itself, for replays.
 pub const SEED_VARIABLE: &str = "EVERGATE_SEED";
 
+thread_local! {
+    /// When the turn under way on this thread began.
+    static TURN: Cell<Option<Moment>> = const { Cell::new(None) };
+}
+
 /// Microseconds since [`HEAD_START`] before the process first asked. Follows tokio's clock, which
-/// tests may pause; works outside a runtime too. Never goes back.
-#[allow(clippy::disallowed_methods)]
+/// tests may pause; works outside a runtime too. Never goes back. Within a [`Turn`] it stands still.
 pub fn now() -> Moment {
+    TURN.get().unwrap_or_else(read)
+}
+
+#[allow(clippy::disallowed_methods)]
+fn read() -> Moment {
     let since_start = Instant::now().saturating_duration_since(start());
     Moment::ZERO + since_start
+}
+
+/// One poll of a connection: all that happens in it happens at one moment. A request asks for the time some twenty
+/// times in three polls, and each reading of the clock costs it more than most of its decisions.
+///
+/// Ends when dropped. One inside another changes nothing.
+#[derive(Debug)]
+pub struct Turn {
+    outermost: bool,
+    /// It belongs to the thread it began on.
+    _here: PhantomData<*const ()>,
+}
+
+impl Turn {
+    /// Begins now, and must end before the poll does.
+    #[must_use = "it ends at once"]
+    pub fn begin() -> Self {
+        let outermost = TURN.get().is_none();
+        if outermost {
+            TURN.set(Some(read()));
+        }
+        Self { outermost, _here: PhantomData }
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        if self.outermost {
+            TURN.set(None);
+        }
+    }
 }
 
 /// The calendar's time: for logs and certificates, never for measuring.
@@ -440,6 +482,25 @@ mod tests {
         let alarms = Alarms::new();
         tokio::spawn(alarms.clone().run());
         alarms
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn time_stands_still_within_a_turn_and_goes_on_behind_it() {
+        let step = Duration::from_millis(1);
+        let outer = Turn::begin();
+        let begun = now();
+        tokio::time::advance(step).await;
+        drop(Turn::begin());
+        assert_eq!(now(), begun, "the end of an inner one ends nothing");
+        drop(outer);
+        assert_eq!(now(), begun + step);
+        let panicked = std::panic::catch_unwind(|| {
+            let _turn = Turn::begin();
+            std::panic::resume_unwind(Box::new(()));
+        });
+        assert!(panicked.is_err());
+        tokio::time::advance(step).await;
+        assert_eq!(now(), begun + step * 2, "a panic ends one, too");
     }
 
     #[tokio::test(start_paused = true)]

@@ -24,7 +24,7 @@ use super::pulse::{Clock, Pulse};
 use super::streams::Streams;
 use super::wire::{Socket, Wire};
 use super::{Answers, Context, Listening, tls};
-use crate::clock::{self, ALARM_TICK, Alarm};
+use crate::clock::{self, ALARM_TICK, Alarm, Turn};
 use crate::config::{ClientClocks, Limits};
 use crate::drain::{Draining, Phase};
 use crate::net::TcpStream;
@@ -332,6 +332,7 @@ async fn drive<C: Http>(mut connection: Pin<&mut C>, pulse: &Pulse, watch: &Watc
     // When an idle one is to be, after the drain has begun.
     let mut closing: Option<Moment> = None;
     poll_fn(|cx| {
+        let _turn = Turn::begin();
         pulse.driven_by(cx.waker());
         // Polled once to leave the waker, which in a task of its own stays the same, and then only
         // while a drain moves.

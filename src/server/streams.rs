@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use hyper::rt::Executor;
 
-use crate::clock::{self, Alarm, Alarms};
+use crate::clock::{self, Alarm, Alarms, Turn};
 use crate::telemetry::Telemetry;
 
 /// Runs the streams of one connection.
@@ -66,6 +66,7 @@ async fn run(stream: impl Future<Output = ()>, terms: Arc<Terms>) {
     let mut stream = pin!(stream);
     let mut stalled: Option<Alarm> = None;
     poll_fn(|cx| {
+        let _turn = Turn::begin();
         ASKED.set(Asked::No);
         if stream.as_mut().poll(cx).is_ready() {
             return Poll::Ready(());
