@@ -451,6 +451,81 @@ mod tests {
         }
     }
 
+    /// The run that `pieces` make, if it is one: its unit, and how many of it.
+    fn run_of(pieces: &[&str]) -> Option<(String, u32)> {
+        let mut run = RunWatch::default();
+        for piece in pieces {
+            run.see(Some(piece.as_bytes()), true);
+        }
+        let unit = String::from_utf8(run.unit().to_vec()).unwrap();
+        run.is_run().then(|| (unit, run.told() + run.untold()))
+    }
+
+    #[test]
+    fn a_run_is_one_unit_in_two_events_or_more() {
+        let token = "abcdefghijklmnopqrstuvwxyz012345";
+        assert_eq!(token.len(), UNIT_BYTES_MAX);
+        for (pieces, unit, units) in [
+            (&["!!", "!", "!!!"][..], "!", 6),
+            (&["haha", "ha", "ha"], "ha", 4),
+            (&[token; 4], token, 4),
+            // Some of it again, and no more: each of these is a whole.
+            (&["haho"; 4], "haho", 4),
+            (&["abcab"; 4], "abcab", 4),
+            // Half an escape is none.
+            (&[r"\\\\"; 4], r"\\\\", 4),
+        ] {
+            assert_eq!(run_of(pieces), Some((unit.to_owned(), units)), "{pieces:?}");
+        }
+        for pieces in [
+            // One event, and too few of two.
+            &["--------"][..],
+            &["!", "!!"],
+            // As long as the unit and with its last letter, and with some of the unit behind it.
+            &[" the", " the", " the", " one"],
+            &["ha-a", "ha-a", "ha-a", "ha-aha"],
+            // No token is as long.
+            &["abcdefghijklmnopqrstuvwxyz0123456"; 4],
+        ] {
+            assert_eq!(run_of(pieces), None, "{pieces:?}");
+        }
+    }
+
+    #[test]
+    fn long_runs_inside_an_answer_are_found_wherever_they_stand() {
+        for unit in ["!", "ha", "no ", " the", "a, b;", "row | ", "<table>", "abcdefgh"] {
+            for before in 0..2 * STRIDE {
+                let answer = |times: usize| {
+                    format!("{}{}0123456789", "0123456789".repeat(4).split_at(before).0, unit.repeat(times))
+                };
+                let long = answer(INSIDE_UNITS_MIN);
+                let found = run_in(long.as_bytes()).map(|found| String::from_utf8_lossy(found).into_owned());
+                let found = found.unwrap_or_else(|| panic!("{unit:?} behind {before}"));
+                // It may begin anywhere in the unit.
+                assert!(found.len() == unit.len() && unit.repeat(2).contains(&found), "{unit:?}: {found:?}");
+                assert_eq!(run_in(answer(INSIDE_UNITS_MIN - 1).as_bytes()), None, "{unit:?} behind {before}");
+            }
+        }
+    }
+
+    #[test]
+    fn who_is_asked_about_a_run_had_better_not_be_in_one() {
+        assert!(repeats_itself(b"so the the the the"));
+        assert!(!repeats_itself(b"so the the the"));
+        assert!(!repeats_itself(b""));
+    }
+
+    #[test]
+    fn a_run_between_quotes_is_known_by_what_it_says() {
+        assert_eq!(run_in_json(br#"so\"\"\"\"\"\"\"\""#), Some(b"\"".to_vec()));
+        assert_eq!(
+            run_in_json(br#"\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9"#),
+            Some("\u{e9}".into())
+        );
+        assert_eq!(run_in_json(b"Hello!"), None);
+        assert_eq!(run_in_json(br"broken \x!!!!!!!!"), None);
+    }
+
     /// Cuts `text` into pieces of the lengths given, in turn, each at a boundary of characters.
     fn cut<'a>(text: &'a str, lens: &[usize]) -> Vec<&'a str> {
         let (mut pieces, mut rest, mut turn) = (Vec::new(), text, 0);

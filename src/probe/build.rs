@@ -80,6 +80,7 @@ mod tests {
             ("vllm", json!({"version": "0.11.0"}), Some(Version(0, 11, 0))),
             ("sglang", json!({"version": "0.5.20", "model_path": "m"}), Some(Version(0, 5, 20))),
             ("llamacpp", json!({"build_info": "b6550-abc", "version": "9.9.9"}), Some(Version(0, 0, 6550))),
+            ("llamacpp", json!({"build_info": "b0-unknown"}), None),
             ("vllm", json!({"version": 1}), None),
             ("vllm", json!([]), None),
         ] {

@@ -111,7 +111,11 @@ fn is_quarantined(proxy: &Proxy, backend: &Backend) -> bool {
 }
 
 fn was_told(proxy: &Proxy, name: &str) -> bool {
-    proxy.telemetry.events.latest().iter().any(|event| event.name == Some(name))
+    times_told(proxy, name) > 0
+}
+
+fn times_told(proxy: &Proxy, name: &str) -> usize {
+    proxy.telemetry.events.latest().iter().filter(|event| event.name == Some(name)).count()
 }
 
 fn events_of(tokens: &[String]) -> String {
@@ -155,6 +159,11 @@ async fn a_replica_that_degenerates_is_overruled_quarantined_and_returns_by_its_
     assert_eq!(opinions(&proxy, "replaced"), offences(&proxy, sick));
     assert_eq!((offences(&proxy, &backends[0]), offences(&proxy, &backends[2])), (0, 0));
     eventually(RETURN_PATIENCE, || was_told(&proxy, "canary_failed")).await;
+    assert!(is_quarantined(&proxy, sick));
+    // It says something else than its peers, though not over and over.
+    sick.set_script(replica(Talk::of(40).tokens.split_off(10), none));
+    let failed = times_told(&proxy, "canary_failed");
+    eventually(RETURN_PATIENCE, || times_told(&proxy, "canary_failed") > failed).await;
     assert!(is_quarantined(&proxy, sick));
     sick.set_script(replica(good(), none));
     eventually(RETURN_PATIENCE, || !is_quarantined(&proxy, sick)).await;
@@ -261,7 +270,10 @@ async fn who_cannot_be_asked_about_costs_nobody_an_answer() {
     let silent = Backend::start(Script::new().answer(vec![Step::Stall])).await;
     let other = Talk { tokens: vec!["?".to_owned(); 40], ..Talk::default() };
     let degenerate_otherwise = Backend::start(Script::new().talk(other)).await;
-    for peer in [None, Some(&dead), Some(&busy), Some(&silent), Some(&degenerate_otherwise)] {
+    let later = [good()[..8].to_vec(), vec!["?".to_owned(); 60]].concat();
+    let and_later = Backend::start(replica(later, Duration::from_millis(3))).await;
+    let otherwise = [Some(&degenerate_otherwise), Some(&and_later)];
+    for peer in [None, Some(&dead), Some(&busy), Some(&silent)].into_iter().chain(otherwise) {
         let sick = Backend::start(replica(bad(), Duration::ZERO)).await;
         let urls: Vec<String> = [&sick].into_iter().chain(peer).map(Backend::url).collect();
         let proxy = Proxy::start(&in_order(&urls.iter().map(String::as_str).collect::<Vec<_>>()));
@@ -289,6 +301,19 @@ async fn a_peer_that_is_too_late_for_the_client_is_heard_for_the_record() {
     // From now on it is waited for longer.
     assert_says(&Http::One.send(proxy.addr, &chat_request(true)).await, &good());
     assert_eq!((opinions(&proxy, "replaced"), offences(&proxy, &sick)), (1, 2));
+    proxy.is_quiet().await;
+}
+
+#[tokio::test]
+async fn what_may_begin_a_run_waits_for_a_quarter_of_a_second_only() {
+    let gap = Duration::from_millis(1500);
+    let tokens = said(&["Yes", "!", " Well"]);
+    let backends = pool(&[(tokens.clone(), gap), (tokens.clone(), gap)]).await;
+    let proxy = by_tier(&backends);
+    let answer = Http::One.send(proxy.addr, &chat_request(true)).await;
+    assert_says(&answer, &tokens);
+    // Held until the token behind it came, it would leave its client without a word for two gaps.
+    assert!(answer.longest_gap() < gap * 3 / 2, "{:?}", answer.longest_gap());
     proxy.is_quiet().await;
 }
 
@@ -361,6 +386,45 @@ async fn a_word_said_over_and_over_costs_only_the_first_client_its_answer() {
         assert_says(&Http::One.send(proxy.addr, &chat_request(true)).await, &good());
     }
     assert!(is_quarantined(&proxy, &backends[0]));
+    proxy.is_quiet().await;
+}
+
+#[tokio::test]
+async fn a_peer_that_answers_otherwise_from_the_beginning_proves_nothing() {
+    let words = [good()[..8].to_vec(), vec![" the".to_owned(); 60]].concat();
+    let other = Talk::of(40).tokens.split_off(10);
+    let backends = pool(&[(words.clone(), Duration::ZERO), (other, Duration::ZERO)]).await;
+    let proxy = by_tier(&backends);
+    assert_says(&Http::One.send(proxy.addr, &chat_request(true)).await, &words);
+    assert_eq!((opinions(&proxy, "none"), offences(&proxy, &backends[0])), (1, 0));
+    proxy.is_quiet().await;
+}
+
+#[tokio::test]
+async fn a_peer_that_went_along_for_a_while_is_believed_and_proves_nothing() {
+    let begun = said(&["A", " ruler", ":", " "]);
+    let long = [begun.clone(), vec!["-".to_owned(); 40]].concat();
+    let short =
+        [begun, vec!["-".to_owned(); 6], said(&[" and", " then", " some", " more", " words"])].concat();
+    let backends = pool(&[(long, Duration::ZERO), (short.clone(), Duration::ZERO)]).await;
+    let proxy = by_tier(&backends);
+    assert_says(&Http::One.send(proxy.addr, &chat_request(true)).await, &short);
+    assert_eq!((opinions(&proxy, "replaced"), offences(&proxy, &backends[0])), (1, 0));
+    proxy.is_quiet().await;
+}
+
+#[tokio::test]
+async fn nobody_is_asked_without_a_budget() {
+    let backends = pool(&[(bad(), Duration::ZERO), (good(), Duration::ZERO)]).await;
+    let urls: Vec<String> = backends.iter().map(Backend::url).collect();
+    let builder = in_order(&[&urls[0], &urls[1]])
+        .set("pool.retry.budget_ratio", 0.0)
+        .set("pool.retry.budget_floor", 0.0);
+    let proxy = Proxy::start(&builder);
+    assert_says(&Http::One.send(proxy.addr, &chat_request(true)).await, &bad());
+    let answer = Http::One.send(proxy.addr, &chat_request(false)).await;
+    assert_eq!(answer.json()["choices"][0]["message"]["content"], bad().concat());
+    assert_eq!((opinions(&proxy, "none"), backends[1].requests().len()), (2, 0));
     proxy.is_quiet().await;
 }
 

@@ -5,6 +5,7 @@ Two llama.cpp servers behind evergate; clients of the real OpenAI SDK stream lon
 of their own, while one engine after the other is killed by SIGKILL at a random time and started again. Each answer is
 compared with the one an engine gives when it is asked directly. Where an answer differs, the engine is asked directly to
 go on from the words before the difference: it must say what the client was told, or hold the two words for nearly equal.
+The engines run without flash attention: with it they do not say the same in another batch (README.md has figures).
 
   broken_streams.py [--broken 200] [--streams 6] [--tokens 160]
 
@@ -29,6 +30,7 @@ arguments.add_argument("--streams", type=int, default=6, help="clients at a time
 arguments.add_argument("--tokens", type=int, default=160, help="limit of the requests that have one; the others end with the context")
 arguments.add_argument("--seconds", type=float, default=900, help="give up after so long")
 arguments.add_argument("--seed", type=int, default=1)
+arguments.add_argument("--flash", action="store_true", help="with flash attention, as the engine starts by default")
 args = arguments.parse_args()
 
 BINARY = os.environ.get("EVERGATE_BIN") or str(pathlib.Path(os.environ.get("CARGO_TARGET_DIR") or ROOT / "target") / "release/evergate")
@@ -78,7 +80,7 @@ class Engine:
         self.name, self.port, self.child = name, free_port(), None
         self.url = f"http://127.0.0.1:{self.port}"
     def start(self):
-        self.child = spawn(self.name, [PYTHON, str(HERE / "engine.py"), "--port", str(self.port), "--model", str(REALWORLD / "tiny.gguf"), "--slots", str(SLOTS), "--ctx", str(SLOTS * CONTEXT)])
+        self.child = spawn(self.name, [PYTHON, str(HERE / "engine.py"), "--port", str(self.port), "--model", str(REALWORLD / "tiny.gguf"), "--slots", str(SLOTS), "--ctx", str(SLOTS * CONTEXT), *([] if args.flash else ["--no-flash"])])
         if not eventually(f"{self.name} healthy", lambda: get(self.url + "/health")): raise SystemExit(f"{self.name} did not start: {WORK}/{self.name}.log")
     def kill(self):
         self.child.kill(); self.child.wait(); children.remove(self.child)
@@ -232,8 +234,8 @@ def main():
     check("no cut looks whole", n["a cut that looks whole"] == 0, tally.examples.get("a cut that looks whole", ""))
     lost = n["ended by an error"] + n["failed before its first word"]
     check("of the broken, 99 % came whole", lost * 100 <= broken, f"{lost} of {broken} lost")
-    print(f"     of {len(of_spliced)} streams that went on elsewhere {sum(of_spliced)} equal the uncut answer")
     check("streams that went on elsewhere are known by their records", len(of_spliced) * 10 >= broken * 9, f"{len(of_spliced)} of {broken}")
+    check("of the broken, 99 % equal the uncut answer", sum(of_spliced) * 100 >= len(of_spliced) * 99, f"{sum(of_spliced)} of {len(of_spliced)}")
     check("of all streams, 99 % equal the uncut answer", n["equal"] * 100 >= streams * 99, f"{n['equal']} of {streams}")
     check("the proxy ends by SIGTERM with 0", proxy.returncode == 0, proxy.returncode)
 

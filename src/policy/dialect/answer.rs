@@ -368,4 +368,53 @@ mod tests {
     fn errors_say_for_themselves_what_they_are() {
         assert_eq!(check_answer(Endpoint::ChatCompletions, StatusCode::BAD_REQUEST, b""), Ok(None));
     }
+
+    #[test]
+    fn numbers_beyond_a_float_are_found_however_they_are_written() {
+        let vector = |number: &str| format!(r#"{{"data":[{{"embedding":[0.5,{number}]}}]}}"#);
+        let long = "9".repeat(400);
+        for number in [long.as_str(), "-1e999", "1E+400"] {
+            assert_eq!(check(Endpoint::Embeddings, &vector(number)), Err(BadAnswer::NotFinite), "{number}");
+        }
+        let most = format!("1{}", "0".repeat(307));
+        for number in [most.as_str(), "1e308", "1e-999"] {
+            assert_eq!(check(Endpoint::Embeddings, &vector(number)), Ok(()), "{number}");
+        }
+    }
+
+    #[test]
+    fn a_vector_in_base64_is_bad_when_more_than_half_of_it_is() {
+        let vector = |base64: &str| format!(r#"{{"data":[{{"embedding":"{base64}"}}]}}"#);
+        for (base64, fault) in [
+            // One NaN, written with each of the four symbols that two alphabets disagree about.
+            ("+ADAfw==", true),
+            ("-ADAfw==", true),
+            ("/ADAfw==", true),
+            ("_ADAfw==", true),
+            // 1.0 and NaN, NaN and 1.0 and NaN, 1.0 and 1.0 and NaN.
+            ("AACAPwAAwH8=", false),
+            ("AADAfwAAgD8AAMB/", true),
+            ("AACAPwAAgD8AAMB/", false),
+            ("", false),
+            ("no vector", false),
+        ] {
+            let expected = if fault { Err(BadAnswer::NotFinite) } else { Ok(()) };
+            assert_eq!(check(Endpoint::Embeddings, &vector(base64)), expected, "{base64}");
+        }
+    }
+
+    #[test]
+    fn a_complaint_says_what_is_wrong() {
+        for (fault, words) in [
+            (BadAnswer::Empty, "empty"),
+            (BadAnswer::NotFinite, "not finite"),
+            (BadAnswer::Missing("choices"), "`choices`"),
+            (BadAnswer::Error(ErrorClass::ServerFault), "error"),
+            (BadAnswer::Unfinished(Finish::Abort), "aborted"),
+        ] {
+            assert!(fault.to_string().contains(words), "{fault:?}: {fault}");
+        }
+        let Err(fault) = check(Endpoint::ChatCompletions, "[1,") else { panic!("a cut body passed") };
+        assert!(fault.to_string().starts_with("answer: "), "{fault}");
+    }
 }

@@ -75,3 +75,49 @@ fn read_block(reader: &mut Reader<'_>) -> Result<Block, JsonError> {
     })?;
     Ok(block)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::dialect::ErrorClass;
+
+    fn facts(json: &str) -> EventFacts {
+        read(json.as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn a_whole_message_says_how_it_ended_and_whether_it_says_something() {
+        let said = facts(
+            r#"{"type":"message","content":[{"type":"text","text":"Hi"}],"stop_reason":"max_tokens","error":null}"#,
+        );
+        assert_eq!((said.finish, said.meaningful, said.error), (Some(Finish::Length), true, None));
+        let empty = facts(r#"{"type":"message","content":[],"stop_reason":"end_turn"}"#);
+        assert_eq!((empty.finish, empty.meaningful), (Some(Finish::Stop), false));
+        // The same member of what is no message is no end.
+        assert_eq!(facts(r#"{"type":"ping","stop_reason":"end_turn"}"#).finish, None);
+    }
+
+    #[test]
+    fn an_error_is_one_by_its_type_or_by_its_member() {
+        for json in [
+            r#"{"error":{"type":"overloaded_error","message":"x"}}"#,
+            r#"{"type":"message","error":{"type":"overloaded_error","message":"x"}}"#,
+            r#"{"type":"error","error":{"type":"overloaded_error","message":"x"}}"#,
+        ] {
+            assert_eq!(facts(json).error, Some(ErrorClass::Overloaded), "{json}");
+        }
+        assert_eq!(facts(r#"{"type":"error"}"#).error, Some(ErrorClass::ServerFault));
+    }
+
+    #[test]
+    fn all_of_a_message_is_one_choice() {
+        for (json, choices) in [
+            (r#"{"type":"message_start","message":{}}"#, 1),
+            (r#"{"type":"content_block_delta","index":3,"delta":{"type":"text_delta","text":"x"}}"#, 1),
+            (r#"{"type":"message_stop"}"#, 1),
+            (r#"{"type":"ping"}"#, 0),
+        ] {
+            assert_eq!(facts(json).choices.count(), choices, "{json}");
+        }
+    }
+}

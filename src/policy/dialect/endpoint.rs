@@ -344,4 +344,20 @@ mod tests {
         assert_eq!(Endpoint::model_in_path("/v1/models/resnet:predict"), Some("resnet"));
         assert_eq!(Endpoint::model_in_path("/v1/chat/completions"), None);
     }
+
+    #[test]
+    fn metrics_have_a_name_for_every_path() {
+        let mut names = std::collections::BTreeMap::new();
+        let v1 = POSTS.iter().map(|&(path, endpoint)| (path, endpoint));
+        for (path, endpoint) in v1.chain(NATIVE_POSTS.iter().copied()) {
+            let name = endpoint.class();
+            assert!(
+                !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_'),
+                "{path}"
+            );
+            assert_eq!(*names.entry(name).or_insert(endpoint), endpoint, "two endpoints are called {name}");
+        }
+        assert_eq!(Endpoint::ChatCompletions.class(), "chat_completions");
+        assert_eq!(Endpoint::Other.class(), "other");
+    }
 }

@@ -59,3 +59,23 @@ impl Engine {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn engines_are_named_and_asked_as_documented() {
+        for (name, health, generate) in [
+            ("vllm", "/health", "/v1/chat/completions"),
+            ("sglang", "/health", "/v1/chat/completions"),
+            ("llamacpp", "/health", "/v1/chat/completions"),
+            ("tgi", "/health", "/generate"),
+            ("triton", "/v2/health/ready", "/v2/models/{model}/generate"),
+            ("ollama", "/api/version", "/api/generate"),
+        ] {
+            let engine = Engine::ALL.into_iter().find(|engine| engine.name() == name).unwrap();
+            assert_eq!((engine.health_path(), engine.generate_path()), (health, generate), "{name}");
+        }
+    }
+}

@@ -154,7 +154,6 @@ impl Words {
                 }
                 // FastAPI's list of validation faults.
                 b"detail" if value.kind() == Kind::Array => words.status = Some(422),
-                b"error" | b"detail" | b"response" => {}
                 _ => words.member(name, value),
             }
             std::ops::ControlFlow::Continue(())
@@ -328,6 +327,19 @@ mod tests {
             ("", ServerFault),
             ("{}", ServerFault),
             (r#"{"error":{"code":50001}}"#, ServerFault),
+            // Too long for every replica, whatever the number beside it.
+            (
+                r#"{"error":{"message":"the request exceeds the available context size","code":500}}"#,
+                ClientFault(400),
+            ),
+            (r#"{"error":{"message":"x","type":"content_filter","code":500}}"#, ClientFault(400)),
+            (r#"{"detail":{"reason":"worker died"}}"#, ServerFault),
+            // Words that are no message, and a message that quotes.
+            (r#"{"input":"what is a rate limit"}"#, ServerFault),
+            (
+                r#"{"error":{"message":"rate limiter crashed: rate limit","type":"internal_error"}}"#,
+                ServerFault,
+            ),
         ] {
             assert_eq!(classify_error_body(body.as_bytes()), class, "{body}");
         }
@@ -355,11 +367,20 @@ mod tests {
             r#"{"error":"model \"x\" not found, try pulling it first"}"#,
             r#"{"error":"Request for unknown model: 'x' is not found"}"#,
             r#"{"type":"error","error":{"type":"not_found_error","message":"model: claude-x"}}"#,
+            r#"{"error":{"message":"`x` is not served here","type":"NotFoundError","param":"model","code":404}}"#,
         ] {
             assert!(is_model_not_found(StatusCode::NOT_FOUND, body.as_bytes()), "{body}");
             assert!(!is_model_not_found(StatusCode::INTERNAL_SERVER_ERROR, body.as_bytes()), "{body}");
         }
-        for body in [r#"{"detail":"Not Found"}"#, r#"{"error":"file not found"}"#, "404 page not found", ""] {
+        for body in [
+            r#"{"detail":"Not Found"}"#,
+            r#"{"error":"file not found"}"#,
+            "404 page not found",
+            "",
+            r#"{"error":{"message":"No such response","type":"not_found_error","param":"id"}}"#,
+            r#"{"error":{"message":"models are listed elsewhere","type":"invalid_path"}}"#,
+            r#"{"error":{"message":"x","type":"invalid_value","param":"model"}}"#,
+        ] {
             assert!(!is_model_not_found(StatusCode::NOT_FOUND, body.as_bytes()), "{body}");
         }
     }
@@ -390,14 +411,22 @@ mod tests {
         for status in [401, 404, 429, 500] {
             assert!(!is_context_length(StatusCode::from_u16(status).unwrap(), quoted.as_bytes()), "{status}");
         }
-        let filtered = r#"{"error":{"message":"The response was filtered due to our content management policy","code":"content_filter"}}"#;
-        assert!(is_content_filter(StatusCode::BAD_REQUEST, filtered.as_bytes()));
-        assert!(!is_context_length(StatusCode::BAD_REQUEST, filtered.as_bytes()));
+        for filtered in [
+            r#"{"error":{"message":"The response was filtered due to our content management policy"}}"#,
+            r#"{"error":{"message":"x","code":"content_filter"}}"#,
+        ] {
+            assert!(is_content_filter(StatusCode::BAD_REQUEST, filtered.as_bytes()));
+            assert!(!is_context_length(StatusCode::BAD_REQUEST, filtered.as_bytes()));
+        }
     }
 
     #[test]
     fn a_message_of_megabytes_is_cut_before_it_is_searched() {
-        let body = format!(r#"{{"error":{{"message":"{}queue is full"}}}}"#, "\u{e9}".repeat(100_001));
-        assert_eq!(classify_error_body(body.as_bytes()), ServerFault);
+        // The bound falls between two letters, and within one.
+        for before in ["", "x"] {
+            let body =
+                format!(r#"{{"error":{{"message":"{before}{}queue is full"}}}}"#, "\u{e9}".repeat(100_001));
+            assert_eq!(classify_error_body(body.as_bytes()), ServerFault);
+        }
     }
 }

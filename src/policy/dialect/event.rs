@@ -672,6 +672,10 @@ mod tests {
         // Twice the same is one.
         let same = finish(0, "stop") + &finish(0, "stop");
         assert!(!read(Endpoint::ChatCompletions, 2, &same).progress.complete());
+        // Said twice, in between.
+        assert!(read(Endpoint::ChatCompletions, 2, &(same + &finish(1, "stop"))).progress.complete());
+        let began = chat(&[r#"{"index":1,"delta":{"content":"x"},"finish_reason":null}"#; 2]);
+        assert!(!read(Endpoint::ChatCompletions, 1, &(began + &finish(0, "stop"))).progress.complete());
         // Both in one chunk.
         let both = chat(&[
             r#"{"index":0,"delta":{},"finish_reason":"stop"},{"index":1,"delta":{},"finish_reason":"stop"}"#,
@@ -845,5 +849,103 @@ mod tests {
                 prop_assert_eq!(reader.read(&event), read_event(Endpoint::ChatCompletions, &event));
             }
         }
+    }
+
+    #[test]
+    fn every_engine_has_its_words_for_an_end() {
+        for (words, finish) in [
+            (&["stop", "end_turn", "eos", "eos_token", "stop_sequence", "word"][..], Finish::Stop),
+            (
+                &["length", "max_tokens", "max_output_tokens", "limit", "model_context_window_exceeded"],
+                Finish::Length,
+            ),
+            (&["tool_calls", "function_call", "tool_use"], Finish::ToolCalls),
+            (&["content_filter", "refusal", "safety"], Finish::ContentFilter),
+            (&["abort", "aborted", "cancelled", "canceled"], Finish::Abort),
+            (&["error", "server_error", "internal_error", "insufficient_system_resource"], Finish::Error),
+            (&["a word from the future"], Finish::OtherGood),
+        ] {
+            for word in words {
+                assert_eq!(Finish::of_reason(word.as_bytes()), finish, "{word}");
+            }
+        }
+    }
+
+    #[test]
+    fn ids_are_found_before_and_behind_their_text_in_the_first_event_and_in_those_like_it() {
+        let behind =
+            |text: &str, ids: &str| format!(r#"{{"choices":[{{"text":"{text}","token_ids":{ids}}}]}}"#);
+        let ahead =
+            |text: &str, ids: &str| format!(r#"{{"choices":[{{"token_ids":{ids},"text":"{text}"}}]}}"#);
+        for shape in [&behind as &dyn Fn(&str, &str) -> String, &ahead] {
+            let mut reader = EventReader::new(Endpoint::Completions);
+            for (text, ids, inside) in [
+                ("Hi", "[7]", Some("7")),
+                ("a", "[20,3]", Some("20,3")),
+                ("b", "null", None),
+                ("c", "[]", Some("")),
+            ] {
+                let data = shape(text, ids);
+                let facts = reader.read(&event(data.as_bytes())).unwrap();
+                assert_eq!(facts.ids.map(|(start, end)| &data[start..end]), inside, "{data}");
+                let place = facts.text.unwrap();
+                assert_eq!(&data[place.start..place.end], text, "{data}");
+            }
+        }
+    }
+
+    #[test]
+    fn an_event_called_error_is_one_though_it_looks_like_the_last() {
+        let data = |text: &str| format!(r#"{{"choices":[{{"index":0,"delta":{{"content":"{text}"}}}}]}}"#);
+        let (first, second) = (data("Hi"), data("x"));
+        let mut reader = EventReader::new(Endpoint::ChatCompletions);
+        reader.read(&event(first.as_bytes())).unwrap();
+        let named = Event { name: Some(b"error"), ..event(second.as_bytes()) };
+        let field = Event { error_field: Some(b"boom"), ..event(second.as_bytes()) };
+        for broken in [named, field] {
+            assert_eq!(reader.read(&broken).unwrap().error, Some(ErrorClass::ServerFault));
+        }
+        assert_eq!(reader.read(&event(second.as_bytes())).unwrap().error, None);
+    }
+
+    #[test]
+    fn an_end_says_why_and_of_which_choice() {
+        let facts = |endpoint, json: &str| {
+            let facts = read_object(endpoint, json.as_bytes()).unwrap();
+            (facts.finish, facts.choices.count(), facts.meaningful)
+        };
+        for (endpoint, json, expected) in [
+            (
+                Endpoint::LlamaCompletion,
+                r#"{"content":"","stop":true,"stop_type":"limit","index":2}"#,
+                (Some(Finish::Length), 1, false),
+            ),
+            (
+                Endpoint::LlamaCompletion,
+                r#"{"content":"","stop":true,"stop_type":"none"}"#,
+                (Some(Finish::Stop), 1, false),
+            ),
+            (Endpoint::LlamaCompletion, r#"{"content":"x","stop":false}"#, (None, 1, true)),
+            (Endpoint::LlamaCompletion, r#"{"content":null,"stop":false}"#, (None, 0, false)),
+            (
+                Endpoint::OllamaGenerate,
+                r#"{"response":"","done":true,"done_reason":"length"}"#,
+                (Some(Finish::Length), 1, false),
+            ),
+            (Endpoint::OllamaGenerate, r#"{"response":"","thinking":"Hm","done":false}"#, (None, 1, true)),
+            (
+                Endpoint::KserveGenerateStream,
+                r#"{"model_name":"m","sequence_id":7,"sequence_start":true,"sequence_end":true,"text_output":""}"#,
+                (None, 0, false),
+            ),
+        ] {
+            assert_eq!(facts(endpoint, json), expected, "{json}");
+        }
+    }
+
+    #[test]
+    fn an_invalid_event_says_so() {
+        let fault = read_event(Endpoint::ChatCompletions, &event(b"{")).unwrap_err();
+        assert!(fault.to_string().starts_with("event of the stream: "), "{fault}");
     }
 }

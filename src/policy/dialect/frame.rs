@@ -163,6 +163,8 @@ mod tests {
             (&behind, r#"{"text":"b","x":2,"ids":[2]}"#, None),
             (&behind, r#"{"text":"b","x":1,"ids":[02]}"#, None),
             (&behind, r#"{"text":"b","x":1,"ids":[2,]}"#, None),
+            (&behind, r#"{"text":"b","x":1,"ids":[,2]}"#, None),
+            (&behind, r#"{"text":"b","x":1,"ids":[1,,2]}"#, None),
             (&behind, r#"{"text":"b","x":1,"ids":[2] }"#, None),
             (&behind, r#"{"text":"b","x":1,"ids":[2"#, None),
             (&behind, r#"{"text":"","x":1,"ids":[2]}"#, None),
@@ -186,5 +188,12 @@ mod tests {
             assert_eq!(ids.len(), 4);
         }
         assert_eq!(read_ids(b"", &mut ids), Some(0));
+    }
+
+    #[test]
+    fn what_is_remembered_is_counted() {
+        assert_eq!(Frame::default().held(), 0);
+        let data = format!(r#"{{"text":"a","x":"{}"}}"#, "y".repeat(500));
+        assert!(frame(&data, "\"a\"", None).held() >= data.len());
     }
 }

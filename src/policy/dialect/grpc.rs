@@ -69,9 +69,46 @@ mod tests {
         assert_eq!(grpc_class(8), Some(ErrorClass::Overloaded));
         assert_eq!(grpc_class(13), Some(ErrorClass::ServerFault));
         assert_eq!(grpc_class(14), Some(ErrorClass::ServerFault));
-        for status in [400, 401, 403, 404, 429, 500, 503] {
-            let code = grpc_status(StatusCode::from_u16(status).unwrap());
-            assert!((1..=16).contains(&code), "{status}");
+        for (codes, class) in [
+            (&[3, 9, 11][..], ErrorClass::ClientFault(400)),
+            (&[1], ErrorClass::ClientFault(499)),
+            (&[5], ErrorClass::ClientFault(404)),
+            (&[6, 10], ErrorClass::ClientFault(409)),
+            (&[7], ErrorClass::ClientFault(403)),
+            (&[12], ErrorClass::ClientFault(501)),
+            (&[16], ErrorClass::ClientFault(401)),
+            (&[2, 4, 13, 14, 15, 99], ErrorClass::ServerFault),
+        ] {
+            for &code in codes {
+                assert_eq!(grpc_class(code), Some(class), "{code}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_evergate_refuses_has_the_code_for_it() {
+        // Names as in gRPC's own list of codes.
+        let [ok, cancelled, invalid_argument, deadline_exceeded] = [0, 1, 3, 4];
+        let [not_found, permission_denied, resource_exhausted, unimplemented] = [5, 7, 8, 12];
+        let [internal, unavailable, unauthenticated] = [13, 14, 16];
+        for (status, code) in [
+            (200, ok),
+            (400, invalid_argument),
+            (401, unauthenticated),
+            (403, permission_denied),
+            (404, not_found),
+            (408, deadline_exceeded),
+            (413, resource_exhausted),
+            (415, invalid_argument),
+            (429, resource_exhausted),
+            (499, cancelled),
+            (500, internal),
+            (501, unimplemented),
+            (502, unavailable),
+            (503, unavailable),
+            (504, deadline_exceeded),
+        ] {
+            assert_eq!(grpc_status(StatusCode::from_u16(status).unwrap()), code, "{status}");
         }
     }
 

@@ -167,3 +167,42 @@ fn text_kind(event: &[u8]) -> TextKind {
         TextKind::Other
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::dialect::ErrorClass;
+
+    #[test]
+    fn a_whole_response_and_its_last_event_say_how_it_ended() {
+        let incomplete = r#""incomplete_details":{"reason":"content_filter"}"#;
+        let failed = r#""error":{"code":"rate_limit_exceeded","message":"x"}"#;
+        for (members, finish, error) in [
+            (r#""status":"completed","error":null"#.to_owned(), Some(Finish::Stop), None),
+            (format!(r#""status":"incomplete",{incomplete}"#), Some(Finish::ContentFilter), None),
+            (r#""status":"incomplete""#.to_owned(), Some(Finish::Length), None),
+            (r#""status":"cancelled""#.to_owned(), Some(Finish::Abort), None),
+            (format!(r#""status":"failed",{failed}"#), None, Some(ErrorClass::Overloaded)),
+            (r#""status":"failed","error":null"#.to_owned(), None, Some(ErrorClass::ServerFault)),
+        ] {
+            let status = members[10..].split('"').next().unwrap();
+            let whole = format!(r#"{{"object":"response",{members}}}"#);
+            let last =
+                format!(r#"{{"type":"response.{status}","sequence_number":9,"response":{{{members}}}}}"#);
+            for json in [&whole, &last] {
+                let facts = read_response_event(json.as_bytes()).unwrap();
+                assert_eq!((facts.finish, facts.error), (finish, error), "{json}");
+                assert_eq!(facts.done, finish.is_some(), "{json}");
+            }
+            assert_eq!(read_response_event(last.as_bytes()).unwrap().sequence, Some(9));
+        }
+        // An error beside what looks whole, and an object of another kind.
+        let facts = read_response_event(
+            format!(r#"{{"object":"response","status":"completed",{failed}}}"#).as_bytes(),
+        );
+        assert_eq!(facts.unwrap().error, Some(ErrorClass::Overloaded));
+        let facts =
+            read_response_event(br#"{"object":"response.input_tokens","status":"completed"}"#).unwrap();
+        assert_eq!((facts.finish, facts.done), (None, false));
+    }
+}

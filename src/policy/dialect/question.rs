@@ -291,4 +291,48 @@ mod tests {
             assert_eq!(refused, Err(expected), "{status}");
         }
     }
+
+    #[test]
+    fn every_api_is_asked_in_its_own_words() {
+        for (endpoint, prompts, limits) in [
+            (Endpoint::ChatCompletions, &["/messages/0/content"][..], &["/max_tokens"][..]),
+            (Endpoint::Completions, &["/prompt"], &["/max_tokens"]),
+            (Endpoint::AnthropicMessages, &["/messages/0/content"], &["/max_tokens"]),
+            (Endpoint::OllamaChat, &["/messages/0/content"], &["/options/num_predict"]),
+            (Endpoint::OllamaGenerate, &["/prompt"], &["/options/num_predict"]),
+            (Endpoint::LlamaCompletion, &["/prompt"], &["/n_predict"]),
+            (
+                Endpoint::Generate,
+                &["/inputs", "/text"],
+                &["/parameters/max_new_tokens", "/sampling_params/max_new_tokens"],
+            ),
+            (Endpoint::KserveGenerate, &["/text_input"], &["/max_tokens"]),
+        ] {
+            let body = Question { endpoint, model: Some("m"), prompt: "6 x 7 =", tokens_max: 3 }.body();
+            let tree: serde_json::Value = serde_json::from_str(&body).unwrap();
+            for place in prompts {
+                assert_eq!(
+                    tree.pointer(place).and_then(|it| it.as_str()),
+                    Some("6 x 7 ="),
+                    "{endpoint:?} {body}"
+                );
+            }
+            for place in limits {
+                assert_eq!(tree.pointer(place).and_then(|it| it.as_u64()), Some(3), "{endpoint:?} {body}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_complaint_says_what_came() {
+        for (fault, words) in [
+            (BadReply::Busy(StatusCode::SERVICE_UNAVAILABLE), "503"),
+            (BadReply::Status(StatusCode::NOT_FOUND), "404"),
+            (BadReply::Answer(BadAnswer::Empty), "empty answer"),
+            (BadReply::NoToken, "without a token"),
+            (BadReply::Differs("41".to_owned()), "\"41\""),
+        ] {
+            assert!(fault.to_string().contains(words), "{fault}");
+        }
+    }
 }

@@ -338,4 +338,28 @@ mod tests {
             assert_eq!(classify_error_body(&body), ErrorClass::Overloaded, "{dialect:?}");
         }
     }
+
+    #[test]
+    fn the_type_of_an_error_is_the_one_its_client_library_looks_for() {
+        let invalid = "invalid_request_error";
+        for (status, openai, anthropic, tgi) in [
+            (400, invalid, invalid, "validation"),
+            (401, "authentication_error", "authentication_error", "validation"),
+            (403, "permission_error", "permission_error", "validation"),
+            (404, invalid, "not_found_error", "validation"),
+            (413, invalid, "request_too_large", "validation"),
+            (429, "rate_limit_error", "rate_limit_error", "overloaded"),
+            (500, "server_error", "api_error", "incomplete_generation"),
+            (503, "server_error", "overloaded_error", "overloaded"),
+            (504, "server_error", "timeout_error", "incomplete_generation"),
+        ] {
+            let mut rejection = lost("x");
+            rejection.status = StatusCode::from_u16(status).unwrap();
+            let body = |dialect| serde_json::from_slice::<Value>(&error_body(dialect, &rejection).1).unwrap();
+            assert_eq!(body(Dialect::OpenAi)["error"]["type"], openai, "{status}");
+            assert_eq!(body(Dialect::LlamaCpp)["error"]["type"], openai, "{status}");
+            assert_eq!(body(Dialect::Anthropic)["error"]["type"], anthropic, "{status}");
+            assert_eq!(body(Dialect::Tgi)["error_type"], tgi, "{status}");
+        }
+    }
 }

@@ -180,6 +180,11 @@ mod tests {
         assert_eq!(facts(Endpoint::Completions, r#"{"prompt":[[1,2],[3]]}"#).choices, 2);
         assert_eq!(facts(Endpoint::Completions, r#"{"prompt":[1,2,3]}"#).choices, 1);
         assert_eq!(facts(Endpoint::ChatCompletions, r#"{"n":null}"#).choices, 1);
+        // Members of the same name elsewhere.
+        assert_eq!(facts(Endpoint::OllamaChat, r#"{"n":3}"#).choices, 1);
+        assert_eq!(facts(Endpoint::ChatCompletions, r#"{"prompt":["a","b"]}"#).choices, 1);
+        // Bodies that are not looked at.
+        assert_eq!(facts(Endpoint::Other, "").choices, 1);
     }
 
     #[test]
@@ -190,7 +195,11 @@ mod tests {
             (Endpoint::Responses, r#"{"previous_response_id":"r"}"#, Some("previous_response_id")),
             (Endpoint::Responses, r#"{"previous_response_id":null}"#, None),
             (Endpoint::Responses, r#"{"background":true}"#, Some("background")),
+            (Endpoint::Responses, r#"{"background":false}"#, None),
             (Endpoint::Responses, r#"{"conversation":{"id":"c"}}"#, Some("conversation")),
+            (Endpoint::Responses, r#"{"conversation":null}"#, None),
+            (Endpoint::AnthropicMessages, r#"{"container":"c"}"#, Some("container")),
+            (Endpoint::AnthropicMessages, r#"{"container":null}"#, None),
             (Endpoint::Responses, r#"{"tools":[{"type":"function"}]}"#, None),
             (Endpoint::Responses, r#"{"tools":[{"type":"function"},{"type":"mcp"}]}"#, Some("tools")),
             (Endpoint::ChatCompletions, r#"{"tools":[{"type":"mcp"}]}"#, None),
@@ -200,6 +209,16 @@ mod tests {
             (Endpoint::KserveInfer, r#"{"parameters":{"sequence_id":0}}"#, None),
             (Endpoint::KserveInfer, r#"{"parameters":{"sequence_id":"s"}}"#, Some("sequence_id")),
             (Endpoint::Generate, r#"{"session_params":{"id":"s"}}"#, Some("session_params")),
+            (Endpoint::Generate, r#"{"session_params":{}}"#, None),
+            (Endpoint::Generate, r#"{"session_id":"s"}"#, Some("session_id")),
+            (Endpoint::Generate, r#"{"session_id":null}"#, None),
+            (Endpoint::Completions, r#"{"kv_transfer_params":{"a":1}}"#, Some("kv_transfer_params")),
+            (Endpoint::Completions, r#"{"kv_transfer_params":{}}"#, None),
+            (Endpoint::Generate, r#"{"bootstrap_room":5}"#, Some("bootstrap_room")),
+            (Endpoint::Generate, r#"{"bootstrap_room":null}"#, None),
+            (Endpoint::KserveGenerate, r#"{"sequence_id":7}"#, Some("sequence_id")),
+            (Endpoint::KserveGenerate, r#"{"sequence_id":0}"#, None),
+            (Endpoint::KserveGenerate, r#"{"sequence_id":""}"#, None),
             (Endpoint::Generate, r#"{"parameters":{"sequence_id":7}}"#, None),
         ] {
             assert_eq!(facts(endpoint, body).stateful, member, "{body}");

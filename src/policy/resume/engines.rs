@@ -13,12 +13,13 @@ use crate::policy::dialect::Engine;
 pub struct Version(pub u32, pub u32, pub u32);
 
 impl Version {
-    /// From `0.10.2`, `v0.5.17.post1`, `0.11.0rc2.dev3+g1`, or llama.cpp's `b6550-abcdef`. `None`: none of these.
+    /// From `0.10.2`, `v0.5.17.post1`, `0.11.0rc2.dev3+g1`, or llama.cpp's `b6550-abcdef`. `None`: none of these, or
+    /// llama.cpp's `b0-unknown`, which is a build that was not made in its repository and cannot tell.
     pub fn parse(text: &str) -> Option<Self> {
         let text = text.trim();
         if let Some(build) = text.strip_prefix('b') {
             let digits = build.split('-').next().unwrap_or_default();
-            return digits.parse().ok().map(|build| Self(0, 0, build));
+            return digits.parse().ok().filter(|&build| build > 0).map(|build| Self(0, 0, build));
         }
         let mut numbers = text.strip_prefix('v').unwrap_or(text).split('.').map(|part| {
             let end = part.find(|c: char| !c.is_ascii_digit()).unwrap_or(part.len());
@@ -106,6 +107,7 @@ mod tests {
             ("0.11.0rc2.dev3+g123", Some(Version(0, 11, 0))),
             ("0.33", Some(Version(0, 33, 0))),
             ("b6550-abcdef", Some(Version(0, 0, 6550))),
+            ("b0-unknown", None),
             ("", None),
             ("dev", None),
             ("1", None),

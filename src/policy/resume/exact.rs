@@ -340,3 +340,59 @@ pub(super) fn leaks(chunk: &Chunk<'_>, text: &str, delivered: &[u8]) -> bool {
     let whole = delivered.len() >= 16 && memchr::memmem::find(text.as_bytes(), delivered).is_some();
     text.len() > most || whole
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_completions_chunk_becomes_the_chats_with_nothing_lost() {
+        for (chunk, chat) in [
+            (
+                r#"{"id":"c","object":"text_completion","created":7,"model":"m","choices":[{"index":0,"text":"Hi","logprobs":null,"finish_reason":null,"token_ids":[1]}]}"#,
+                r#"{"id":"c","object":"chat.completion.chunk","created":7,"model":"m","choices":[{"index":0,"delta":{"content":"Hi"},"logprobs":null,"finish_reason":null,"token_ids":[1]}]}"#,
+            ),
+            (
+                r#"{"choices":[{"index":0,"text":null,"finish_reason":"stop","stop_reason":5,"prompt_token_ids":[7]},{"text":"b","prompt_token_ids":null}],"usage":{"a":1},"system_fingerprint":"f"}"#,
+                r#"{"choices":[{"index":0,"delta":{"content":""},"logprobs":null,"finish_reason":"stop","stop_reason":5,"token_ids":null,"prompt_token_ids":[7]},{"index":0,"delta":{"content":"b"},"logprobs":null,"finish_reason":null,"token_ids":null}],"usage":{"a":1},"system_fingerprint":"f"}"#,
+            ),
+        ] {
+            assert_eq!(String::from_utf8(to_chat_chunk(chunk.as_bytes()).unwrap()).unwrap(), chat);
+        }
+        // Not a chunk: as it came.
+        for error in [r#"{"object":"error","message":"x"}"#, r#"{"error":{"message":"x"},"choices":[]}"#] {
+            assert_eq!(to_chat_chunk(error.as_bytes()).unwrap(), error.as_bytes());
+        }
+        assert_eq!(to_chat_chunk(br#"{"error":null,"choices":[]}"#).unwrap(), br#"{"choices":[]}"#);
+        assert!(to_chat_chunk(br#"{"choices":[]} x"#).is_err());
+    }
+
+    #[test]
+    fn text_that_no_token_can_be_is_the_prompt() {
+        let leaks = |ids: &str, bytes: usize, delivered: &str| {
+            let data = format!(r#"{{"choices":[{{"index":0,"text":"","token_ids":{ids}}}]}}"#);
+            leaks(&Chunk::read(data.as_bytes()).unwrap(), &"x".repeat(bytes), delivered.as_bytes())
+        };
+        for (ids, most) in [("null", 256), ("[1]", 256), ("[1,2,3]", 768)] {
+            assert!(!leaks(ids, most, "said"), "{ids}");
+            assert!(leaks(ids, most + 1, "said"), "{ids}");
+        }
+        // All of the answer, where it is long enough not to be there by chance.
+        assert!(leaks("[1]", 20, &"x".repeat(16)));
+        assert!(!leaks("[1]", 20, &"x".repeat(15)));
+    }
+
+    #[test]
+    fn why_a_chat_is_not_asked_for_ids_is_told() {
+        let refused = |more: &str| {
+            let body = format!(r#"{{"model":"m","messages":[{{"role":"user","content":"x"}}]{more}}}"#);
+            let asked = Asked::read(Endpoint::ChatCompletions, body.as_bytes()).unwrap();
+            refuses(Endpoint::ChatCompletions, Engine::Vllm, body.as_bytes(), &asked)
+        };
+        assert_eq!(refused(""), None);
+        assert_eq!(refused(r#","tools":[{"type":"function"}]"#), Some(Refused::ToolsBegun));
+        assert_eq!(refused(r#","tools":[]"#), None);
+        assert_eq!(refused(r#","from_the_future":1"#), Some(Refused::Member));
+        assert_eq!(refused(r#","from_the_future":false"#), None);
+    }
+}

@@ -478,6 +478,12 @@ fn ids_are_asked_for_only_where_they_can_be_used() {
     let completion = r#"{"stream":true,"prompt":"a"}"#;
     assert!(asks(Endpoint::Completions, Engine::Sglang, completion));
     assert!(!asks(Endpoint::Completions, Engine::LlamaCpp, completion));
+    let with_stop = r#"{"stream":true,"prompt":"a","stop":"x"}"#;
+    assert!([Engine::Vllm, Engine::Sglang].iter().all(|&engine| !asks(
+        Endpoint::Completions,
+        engine,
+        with_stop
+    )));
     assert!(!asks(Endpoint::Completions, Engine::Vllm, r#"{"prompt":"a"}"#));
     let long = format!(r#"{{"stream":true,"prompt":"{}"}}"#, "a".repeat(128 << 10));
     assert!(!asks(Endpoint::Completions, Engine::Vllm, &long));
@@ -522,6 +528,11 @@ fn answers_that_ids_would_not_continue_truly_are_not() {
     let call = r#"{"tool_calls":[{"index":0,"id":"A","function":{"name":"f"}}]}"#;
     assert_eq!(after(&[a, (call, "[6]")], ""), refused);
     assert_eq!(after(&[a], r#","stop":"x""#), refused);
+    // What is said again behind the seam is bounded.
+    for (again, goes_on) in [(512, true), (513, false)] {
+        let behind = format!(r#"{{"content":"{}"}}"#, "b".repeat(again));
+        assert_eq!(after(&[a, (&behind, "[6,7]")], "").is_ok(), goes_on, "{again}");
+    }
     assert_eq!(after(&[a], r#","max_tokens":1"#), refused);
     // A prompt of harmony.
     let mut splice = Splice::arm(

@@ -190,6 +190,10 @@ mod tests {
             said(&mut ids, &mut end, "b", "1");
             assert_eq!(ids.seam(), None, "for good");
         }
+        let mut odd_prompt = Ids::of(Engine::Vllm);
+        odd_prompt.add(&Chunk::read(br#"{"prompt_token_ids":["x"],"choices":[]}"#).unwrap(), b"", 0, None);
+        odd_prompt.add_list(b"1", b"a", 1);
+        assert_eq!(odd_prompt.seam(), None);
         let mut without_prompt = Ids::of(Engine::Vllm);
         without_prompt.add_list(b"1", b"a", 1);
         assert_eq!(without_prompt.seam(), None);
@@ -200,6 +204,15 @@ mod tests {
             ids.add(&chunk, b"a", 1, Some(counted));
             assert_eq!(ids.seam().is_some(), kept, "{counted}");
         }
+    }
+
+    #[test]
+    fn ids_are_counted_by_their_bytes() {
+        let (mut ids, mut end) = begun(Engine::Vllm);
+        for _ in 0..100 {
+            said(&mut ids, &mut end, "a", "1");
+        }
+        assert!((102 * 4..4 * 102 * 4).contains(&ids.held()), "{}", ids.held());
     }
 
     #[test]

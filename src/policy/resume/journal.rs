@@ -263,13 +263,13 @@ impl Journal {
 
     /// Bytes on the heap.
     pub(super) fn held(&self) -> usize {
-        let identity = [&self.identity.id, &self.identity.created, &self.identity.model];
+        let Identity { id, created, model, fingerprint } = &self.identity;
         let calls: usize = self.calls.iter().map(|call| size_of::<Call>() + call.id.len()).sum();
         self.text.capacity()
             + self.runs.capacity() * size_of::<Run>()
             + self.last.frame.held()
             + self.ids.held()
-            + identity.into_iter().flatten().map(|raw| raw.len()).sum::<usize>()
+            + [id, created, model, fingerprint].into_iter().flatten().map(|raw| raw.len()).sum::<usize>()
             + calls
     }
 }

@@ -4,6 +4,7 @@
 //! tests cut behind every event and thereby at every byte.
 
 mod beside;
+mod bounds;
 mod dialects;
 
 use std::collections::BTreeSet;

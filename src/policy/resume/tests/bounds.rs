@@ -1,0 +1,258 @@
+//! What a splice says of itself: its labels, the bytes it holds, and what stands exactly at a bound.
+
+use std::collections::BTreeSet;
+
+use super::super::{Peers, RequestIds};
+use super::*;
+
+/// Labels of metrics and words of a configuration: each its own, in small letters.
+fn check_names(names: &[&str]) {
+    let own: BTreeSet<_> = names.iter().collect();
+    assert_eq!(own.len(), names.len(), "{names:?}");
+    let plain =
+        |name: &&str| name.len() > 1 && name.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_');
+    assert!(names.iter().all(plain), "{names:?}");
+}
+
+#[test]
+fn everything_that_is_counted_has_a_name_of_its_own() {
+    check_names(&ResumeMode::ALL.map(ResumeMode::name));
+    check_names(&RequestIds::ALL.map(RequestIds::name));
+    check_names(
+        &[Strategy::Exact, Strategy::ExactTranslated, Strategy::Text, Strategy::Replay].map(Strategy::name),
+    );
+    check_names(
+        &[
+            NotArmed::Off,
+            NotArmed::Endpoint,
+            NotArmed::Body,
+            NotArmed::NotAStream,
+            NotArmed::Choices,
+            NotArmed::Stateful,
+        ]
+        .map(NotArmed::name),
+    );
+    check_names(
+        &[
+            Refused::Complete,
+            Refused::Overflow,
+            Refused::Unreadable,
+            Refused::ResumesExhausted,
+            Refused::StrategiesExhausted,
+            Refused::ReplayTooLong,
+            Refused::NothingDelivered,
+            Refused::ToolsBegun,
+            Refused::Reasoning,
+            Refused::Refusal,
+            Refused::Grammar,
+            Refused::Details,
+            Refused::Prefilled,
+            Refused::Prompt,
+            Refused::Stop,
+            Refused::Sampler,
+            Refused::TrailingSpace,
+            Refused::TokensUnknown,
+            Refused::LimitReached,
+            Refused::Body,
+            Refused::Ids,
+            Refused::Member,
+            Refused::Engine,
+        ]
+        .map(Refused::name),
+    );
+    check_names(
+        &[
+            Abandon::Diverged,
+            Abandon::Unsplittable,
+            Abandon::Echo,
+            Abandon::WrongModel,
+            Abandon::Misfiled,
+            Abandon::IdsIgnored,
+            Abandon::Choices,
+            Abandon::Unreadable,
+            Abandon::Failed,
+            Abandon::EndedEarly,
+            Abandon::Overtaken,
+            Abandon::NoLeg,
+        ]
+        .map(Abandon::name),
+    );
+}
+
+#[test]
+fn a_refused_policy_says_why_and_the_smallest_journal_is_none() {
+    let at_least = ResumePolicy { journal_bytes_max: 1 << 10, ..ResumePolicy::default() };
+    assert_eq!(at_least.validate(), Ok(()));
+    assert_eq!(
+        ResumePolicy { journal_bytes_max: (1 << 10) - 1, ..at_least }.validate(),
+        Err(BadResumePolicy::TinyJournal)
+    );
+    assert!(BadResumePolicy::TinyJournal.to_string().contains("journal_bytes_max"));
+    assert!(BadResumePolicy::NoResumes.to_string().contains("resumes_max"));
+}
+
+#[test]
+fn only_ollama_tells_its_events_by_lines() {
+    let is_lines = |endpoint, body: &str| {
+        Splice::arm(endpoint, body.as_bytes(), &ResumePolicy::default()).unwrap().is_lines()
+    };
+    assert!(is_lines(Endpoint::OllamaChat, "{}"));
+    assert!(!is_lines(Endpoint::ChatCompletions, r#"{"stream":true}"#));
+    assert!(!is_lines(Endpoint::AnthropicMessages, r#"{"stream":true}"#));
+}
+
+const SAID: &str = "Once upon a time there was a replica";
+
+#[test]
+fn what_a_leg_holds_back_is_counted() {
+    // A replay: the beginning of an event.
+    let mut stream = Stream::chat(event(&format!(r#"{{"content":"{SAID}"}}"#)).as_bytes());
+    let plan = stream.splice.plan(None, BODY).unwrap();
+    stream.splice.begin_leg(&plan);
+    let before = stream.splice.held();
+    let half = format!("data: {{\"x\":\"{}", "y".repeat(700));
+    stream.splice.feed(half.as_bytes(), &mut stream.got).unwrap();
+    let held = stream.splice.held() - before;
+    assert!((half.len()..2 * half.len()).contains(&held), "{held}");
+
+    // A continuation: what it was given, events that may be an echo of it, and the beginning of another.
+    let mut stream = Stream::chat(event(&format!(r#"{{"content":"{SAID}"}}"#)).as_bytes());
+    let without = stream.splice.held();
+    let plan = stream.splice.plan(Some(Engine::Vllm), BODY).unwrap();
+    assert_eq!(plan.strategy, Strategy::Text);
+    let planned = stream.splice.held();
+    assert!(planned >= without + SAID.len(), "{without} {planned}");
+    stream.splice.begin_leg(&plan);
+    assert!(stream.splice.held() >= planned, "the seam is the leg's now");
+    let echo = event(r#"{"content":"Once upon"}"#);
+    stream.splice.feed(echo.as_bytes(), &mut stream.got).unwrap();
+    let waiting = stream.splice.held();
+    assert!(waiting >= planned + echo.len() - "data: \n\n".len(), "{planned} {waiting}");
+    stream.splice.feed(half.as_bytes(), &mut stream.got).unwrap();
+    assert!(stream.splice.held() >= waiting + half.len());
+    assert_eq!(stream.got, event(&format!(r#"{{"content":"{SAID}"}}"#)).as_bytes());
+}
+
+#[test]
+fn a_second_leg_is_counted_while_it_is_held() {
+    let mut stream = Stream::chat(event(&format!(r#"{{"content":"{SAID}"}}"#)).as_bytes());
+    let plan = stream.splice.plan_beside(None, BODY).unwrap();
+    stream.splice.begin_beside(&plan);
+    let before = stream.splice.held();
+    let half = format!("data: {{\"x\":\"{}", "y".repeat(700));
+    stream.splice.feed_beside(half.as_bytes(), &mut stream.got).unwrap();
+    assert!(stream.splice.held() >= before + half.len());
+    stream.splice.drop_beside();
+    assert!(stream.splice.held() <= before);
+}
+
+#[test]
+fn what_the_journal_keeps_is_counted() {
+    let name = "n".repeat(300);
+    let mut stream = Stream::chat(b"");
+    let mut held = stream.splice.held();
+    for (data, least) in [
+        (format!(r#"{{"id":"{name}","choices":[]}}"#), 300),
+        (format!(r#"{{"created":"{name}","choices":[]}}"#), 300),
+        (format!(r#"{{"model":"{name}","choices":[]}}"#), 300),
+        (format!(r#"{{"system_fingerprint":"{name}","choices":[]}}"#), 300),
+        // Its text, and the event as the mould of the next.
+        (format!(r#"{{"choices":[{{"index":0,"delta":{{"content":"{name}"}}}}]}}"#), 600),
+        (
+            format!(
+                r#"{{"choices":[{{"index":0,"delta":{{"tool_calls":[{{"index":0,"id":"{name}"}}]}}}}]}}"#
+            ),
+            300,
+        ),
+    ] {
+        stream.splice.observe(data.as_bytes());
+        let now = stream.splice.held();
+        assert!(now >= held + least && now < held + 4 * least, "{held} {now}: {data}");
+        held = now;
+    }
+}
+
+#[test]
+fn how_far_an_abandoned_replay_went_is_told_and_whether_the_answer_ended() {
+    let mut stream = Stream::chat(event(r#"{"content":"abcdef"}"#).as_bytes());
+    assert_eq!((stream.splice.text_from(4), stream.splice.text_from(9)), (&b"ef"[..], &b""[..]));
+    let leg = event(r#"{"content":"abc"}"#) + &event(r#"{"content":"xyz"}"#);
+    assert_eq!(stream.replay(leg.as_bytes()), Err(Abandon::Diverged));
+    assert_eq!(stream.splice.repeated(), 3);
+    assert!(!stream.splice.is_finished());
+    let end = r#"{"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}"#;
+    stream.splice.observe(end.as_bytes());
+    assert!(stream.splice.is_finished() && !stream.splice.is_done());
+}
+
+/// A completion of which so many chunks of one token were told, and behind them one of two tokens with `more`.
+fn told_with_ids(engine: Engine, body: &str, tokens: usize, more: &str) -> Splice {
+    let mut splice = Splice::arm(Endpoint::Completions, body.as_bytes(), &ResumePolicy::default()).unwrap();
+    splice.tells_ids(engine, true);
+    splice.observe(br#"{"choices":[{"index":0,"text":"","prompt_token_ids":[7,8]}]}"#);
+    for id in 0..tokens {
+        splice.observe(format!(r#"{{"choices":[{{"index":0,"text":"a","token_ids":[{id}]}}]}}"#).as_bytes());
+    }
+    if !more.is_empty() {
+        splice.observe(
+            format!(r#"{{"choices":[{{"index":0,"text":"{more}","token_ids":[1,2]}}]}}"#).as_bytes(),
+        );
+    }
+    splice
+}
+
+#[test]
+fn only_a_little_is_said_again_behind_a_seam() {
+    let body = r#"{"model":"m","stream":true,"prompt":"p","max_tokens":50}"#;
+    let peers = Peers { engine: Some(Engine::Vllm), text: false, ids: true, context_max: Some(1000) };
+    for (again, expected) in [
+        (0, Ok(Strategy::Exact)),
+        (512, Ok(Strategy::Exact)),
+        (513, Err(Refused::Ids)),
+        (900, Err(Refused::Ids)),
+    ] {
+        let mut splice = told_with_ids(Engine::Vllm, body, 2, &"x".repeat(again));
+        splice.withdraw(Strategy::Replay);
+        splice.withdraw(Strategy::Text);
+        let plan = splice.plan(peers, body.as_bytes());
+        assert_eq!(plan.map(|plan| plan.strategy), expected, "{again}");
+    }
+}
+
+#[test]
+fn ids_tell_how_many_tokens_are_left_to_a_continued_text() {
+    let body = r#"{"model":"m","stream":true,"prompt":"p","max_tokens":50}"#;
+    let mut splice = told_with_ids(Engine::Vllm, body, 3, "");
+    let plan = splice.plan(Some(Engine::Vllm), body.as_bytes()).unwrap();
+    let asked: Value = serde_json::from_slice(&plan.body.unwrap()).unwrap();
+    assert_eq!((plan.strategy, &asked["max_tokens"]), (Strategy::Text, &json!(47)));
+    // Its last token may have begun a character: how many there are behind the text is not known.
+    let mut splice = told_with_ids(Engine::Vllm, body, 3, "xy");
+    splice.withdraw(Strategy::Replay);
+    assert_eq!(splice.plan(Some(Engine::Vllm), body.as_bytes()), Err(Refused::TokensUnknown));
+}
+
+#[test]
+fn a_completion_without_a_limit_ends_where_its_engine_ends_it() {
+    let body = r#"{"model":"m","stream":true,"prompt":"p"}"#;
+    for (engine, tokens, ends) in [
+        (Engine::Vllm, 15, false),
+        (Engine::Vllm, 16, true),
+        (Engine::Vllm, 17, false),
+        (Engine::LlamaCpp, 16, false),
+    ] {
+        let mut splice = told_with_ids(engine, body, tokens, "");
+        let mut out = Vec::new();
+        assert_eq!(splice.end_at_limit(body.as_bytes(), &mut out), ends, "{engine:?} {tokens}");
+        assert_eq!(View::of(&out).finishes.first().map(String::as_str), ends.then_some("length"));
+    }
+    // What has ended, or is not understood, is left alone.
+    for more in [
+        r#"{"choices":[{"index":0,"text":"","finish_reason":"stop","token_ids":[]}]}"#,
+        r#"{"choices":[{"index":1,"text":"x"}]}"#,
+    ] {
+        let mut splice = told_with_ids(Engine::Vllm, body, 16, "");
+        splice.observe(more.as_bytes());
+        assert!(!splice.end_at_limit(body.as_bytes(), &mut Vec::new()), "{more}");
+    }
+}
