@@ -256,3 +256,20 @@ fn a_completion_without_a_limit_ends_where_its_engine_ends_it() {
         assert!(!splice.end_at_limit(body.as_bytes(), &mut Vec::new()), "{more}");
     }
 }
+
+#[test]
+fn a_line_of_more_calls_than_were_told_is_not_taken_for_the_same() {
+    let line = |calls: &str| {
+        format!(
+            r#"{{"model":"m","message":{{"role":"assistant","content":"","tool_calls":[{calls}]}},"done":false}}"#
+        )
+    };
+    let (one, two) = (r#"{"function":{"name":"f"}}"#, r#"{"function":{"name":"g"}}"#);
+    let mut splice = Splice::arm(Endpoint::OllamaChat, b"{}", &ResumePolicy::default()).unwrap();
+    splice.observe(line(one).as_bytes());
+    let plan = splice.plan(None, b"{}").unwrap();
+    splice.begin_leg(&plan);
+    let (mut out, both) = (Vec::new(), line(&format!("{one},{two}")) + "\n");
+    assert_eq!(splice.feed(both.as_bytes(), &mut out), Err(Abandon::Diverged));
+    assert!(out.is_empty());
+}
