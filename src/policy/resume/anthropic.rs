@@ -173,6 +173,17 @@ mod tests {
     }
 
     #[test]
+    fn a_block_may_begin_with_its_text() {
+        for (kind, channel) in [("text", Channel::Block(2)), ("thinking", Channel::Thought(2))] {
+            let data = format!(
+                r#"{{"type":"content_block_start","index":2,"content_block":{{"type":"{kind}","{kind}":"hm"}}}}"#
+            );
+            let chunk = chunk(&data);
+            assert_eq!((chunk.said[0].channel, chunk.unknown), (channel, false), "{kind}");
+        }
+    }
+
+    #[test]
     fn arguments_are_texts_of_their_block() {
         let data = r#"{"type":"content_block_delta","index":1,"delta":{"type":"input_json_delta","partial_json":"{"}}"#;
         let chunk = chunk(data);

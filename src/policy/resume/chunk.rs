@@ -308,6 +308,14 @@ mod tests {
     }
 
     #[test]
+    fn the_id_of_a_call_is_a_word() {
+        for (id, has) in [(r#""x""#, true), (r#""""#, false), ("null", false), ("5", false)] {
+            let data = format!(r#"{{"choices":[{{"delta":{{"tool_calls":[{{"index":0,"id":{id}}}]}}}}]}}"#);
+            assert_eq!(Chunk::read(data.as_bytes()).unwrap().calls[0].id.is_some(), has, "{id}");
+        }
+    }
+
+    #[test]
     fn tokens_told_in_detail_are_counted() {
         for (choice, details, ids) in [
             (r#"{"text":"ab","logprobs":{"tokens":["a","b"]},"token_ids":[1,2]}"#, 2, 2),

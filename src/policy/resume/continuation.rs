@@ -389,6 +389,27 @@ mod tests {
     }
 
     #[test]
+    fn a_limit_that_an_engine_would_assume_is_told_to_it() {
+        for (endpoint, engine, limit, expected) in [
+            (Endpoint::Completions, Engine::Vllm, "", r#"{"max_tokens":13,"prompt":"p"}"#),
+            (
+                Endpoint::Completions,
+                Engine::Sglang,
+                r#","max_tokens":null"#,
+                r#"{"prompt":"p","max_tokens":13}"#,
+            ),
+            (Endpoint::Completions, Engine::LlamaCpp, "", r#"{"prompt":"p"}"#),
+            (Endpoint::ChatCompletions, Engine::Vllm, "", r#"{"prompt":"p"}"#),
+        ] {
+            let body = format!(r#"{{"prompt":"p"{limit}}}"#);
+            let asked = Asked::read(endpoint, body.as_bytes()).unwrap();
+            let mut edits = Edits::default();
+            asked.reduce_limits(endpoint, engine, Some(3), &mut edits).unwrap();
+            assert_eq!(String::from_utf8(edits.apply(body.as_bytes())).unwrap(), expected, "{engine:?}");
+        }
+    }
+
+    #[test]
     fn every_limit_loses_what_was_spent() {
         for (limits, expected) in [
             (r#""max_tokens":10"#, r#""max_tokens":7"#),

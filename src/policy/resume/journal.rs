@@ -366,6 +366,33 @@ mod tests {
     }
 
     #[test]
+    fn a_text_that_goes_on_where_the_client_heard_something_else_differs() {
+        let mut journal = Journal::default();
+        journal.append(Channel::Reasoning(1), b"ab", MAX);
+        journal.append(Channel::Content, b"cdefgh", MAX);
+        let pass = |text: &[u8]| Cursor::default().pass(&journal, Channel::Reasoning(1), text).ok();
+        assert_eq!(
+            (pass(b"a"), pass(b"ab"), pass(b"abX"), pass(b"abcdefghi")),
+            (Some(1), Some(2), None, None)
+        );
+    }
+
+    #[test]
+    fn the_prompt_is_counted_once_and_by_who_was_given_it() {
+        let usage = |prompt: u64| format!(r#"{{"choices":[],"usage":{{"prompt_tokens":{prompt}}}}}"#);
+        let (first, second) = (usage(5), usage(9));
+        let [first, second] = [&first, &second].map(|data| Chunk::read(data.as_bytes()).unwrap());
+        let mut journal = Journal::default();
+        // A leg that continues counts the answer among its prompt.
+        journal.count(&second, Some(4));
+        journal.count(&second, None);
+        assert_eq!(journal.prompt_tokens, None);
+        journal.count(&first, Some(0));
+        journal.count(&second, Some(0));
+        assert_eq!(journal.prompt_tokens, Some(5));
+    }
+
+    #[test]
     fn ids_are_held_as_well() {
         let mut journal =
             Journal { ids: Ids::of(crate::policy::dialect::Engine::Vllm), ..Journal::default() };

@@ -114,6 +114,7 @@ mod tests {
                 "{data}"
             );
             assert!(!chunk.unknown && !chunk.done && chunk.finish.is_none());
+            assert_eq!(chunk.model.map(|model| model.raw()), Some(&b"\"m\""[..]));
         }
     }
 
