@@ -184,6 +184,19 @@ mod tests {
     }
 
     #[test]
+    fn an_offence_counts_half_after_ten_minutes_and_is_remembered_until_then() {
+        let mut fading = Quarantine::default();
+        assert_eq!(fading.offend(at(0), 2), None);
+        fading.forget(at(600));
+        assert_eq!(offend(&mut fading, 2, at(600)), [None, Some(Confinement::Quarantined)]);
+        fading.forget(at(36_000));
+        assert!(fading.since().is_some(), "time alone does not end it");
+        let mut faded = Quarantine::default();
+        faded.offend(at(0), 2);
+        assert_eq!(offend(&mut faded, 2, at(601)), [None, None]);
+    }
+
+    #[test]
     fn who_is_alone_is_kept() {
         let mut alone = Quarantine::default();
         let told: Vec<_> = (0..4).map(|_| alone.offend(at(1), 0)).collect();

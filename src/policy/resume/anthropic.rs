@@ -124,3 +124,69 @@ fn inside(value: Value<'_>) -> Option<&[u8]> {
     let word = value.raw().strip_prefix(b"\"")?.strip_suffix(b"\"")?;
     (!word.contains(&b'\\')).then_some(word)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn chunk(data: &str) -> Chunk<'_> {
+        read(data.as_bytes()).unwrap()
+    }
+
+    fn block(block: &str) -> Option<String> {
+        let data = format!(r#"{{"type":"content_block_start","index":2,"content_block":{block}}}"#);
+        let chunk = chunk(&data);
+        chunk.mark.filter(|_| !chunk.unknown)
+    }
+
+    #[test]
+    fn what_must_be_the_same_of_a_block_is_in_its_mark() {
+        let tool = |more: &str| block(&format!(r#"{{"type":"tool_use","id":"x","name":"get"{more}}}"#));
+        let mark = tool("").unwrap();
+        assert_eq!(mark, "\0start 2 tool_use get\0");
+        // What says nothing, and an id, which is random.
+        for same in [r#","input":{}"#, r#","input":null"#, r#","id":"y""#, r#","cache_control":null"#] {
+            assert_eq!(tool(same).as_ref(), Some(&mark), "{same}");
+        }
+        assert_eq!(tool(r#","input":{"a":1}"#).unwrap(), "\0start 2 tool_use get {\"a\":1}\0");
+        assert_eq!(tool(r#","from_the_future":1"#), None);
+        assert_eq!(
+            block(r#"{"type":"thinking","thinking":"","signature":""}"#).unwrap(),
+            "\0start 2 thinking\0"
+        );
+        assert_eq!(block(r#"{"type":"thinking","thinking":"","signature":7}"#), None);
+        let stop = chunk(r#"{"type":"content_block_stop","index":2}"#);
+        assert_eq!((stop.mark.as_deref(), stop.unknown), (Some("\0stop 2\0"), false));
+        assert!(chunk(r#"{"type":"content_block_stop"}"#).unknown);
+    }
+
+    #[test]
+    fn an_error_is_one_by_its_type_or_by_its_member() {
+        for (data, error) in [
+            (r#"{"type":"error"}"#, true),
+            (r#"{"type":"ping","error":{"type":"overloaded_error"}}"#, true),
+            (r#"{"type":"ping","error":null}"#, false),
+            (r#"{"error":{"type":"x"},"type":"error","error":null}"#, true),
+        ] {
+            assert_eq!(chunk(data).error, error, "{data}");
+        }
+    }
+
+    #[test]
+    fn a_block_may_begin_with_its_text() {
+        for (kind, channel) in [("text", Channel::Block(2)), ("thinking", Channel::Thought(2))] {
+            let data = format!(
+                r#"{{"type":"content_block_start","index":2,"content_block":{{"type":"{kind}","{kind}":"hm"}}}}"#
+            );
+            let chunk = chunk(&data);
+            assert_eq!((chunk.said[0].channel, chunk.unknown), (channel, false), "{kind}");
+        }
+    }
+
+    #[test]
+    fn arguments_are_texts_of_their_block() {
+        let data = r#"{"type":"content_block_delta","index":1,"delta":{"type":"input_json_delta","partial_json":"{"}}"#;
+        let chunk = chunk(data);
+        assert_eq!((chunk.said[0].channel, chunk.unknown), (Channel::ToolArguments(1), false));
+    }
+}

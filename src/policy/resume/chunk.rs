@@ -292,12 +292,27 @@ mod tests {
             r#"{"content":[{"type":"text","text":"x"}]}"#,
             r#"{"function_call":{"name":"f"}}"#,
             r#"{"tool_calls":[{"index":0,"custom":{"input":"x"}}]}"#,
+            r#"{"tool_calls":[{"index":"x","function":{"name":"f"}}]}"#,
+            r#"{"tool_calls":[{"index":0,"function":{"name":"f","strict":true}}]}"#,
         ] {
             let data = format!(r#"{{"choices":[{{"delta":{delta}}}]}}"#);
             assert!(Chunk::read(data.as_bytes()).unwrap().unknown, "{delta}");
         }
-        let blank = br#"{"choices":[{"delta":{"audio":null,"annotations":[]},"matched_stop":"x"}]}"#;
-        assert!(!Chunk::read(blank).unwrap().unknown);
+        for delta in [
+            r#"{"audio":null,"annotations":[]}"#,
+            r#"{"tool_calls":[{"index":null,"function":{"name":"f","strict":null},"custom":null}]}"#,
+        ] {
+            let data = format!(r#"{{"choices":[{{"delta":{delta},"matched_stop":"x"}}]}}"#);
+            assert!(!Chunk::read(data.as_bytes()).unwrap().unknown, "{delta}");
+        }
+    }
+
+    #[test]
+    fn the_id_of_a_call_is_a_word() {
+        for (id, has) in [(r#""x""#, true), (r#""""#, false), ("null", false), ("5", false)] {
+            let data = format!(r#"{{"choices":[{{"delta":{{"tool_calls":[{{"index":0,"id":{id}}}]}}}}]}}"#);
+            assert_eq!(Chunk::read(data.as_bytes()).unwrap().calls[0].id.is_some(), has, "{id}");
+        }
     }
 
     #[test]

@@ -352,3 +352,79 @@ impl Seam {
         lists + self.tail.len() + self.text.capacity()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_seam_counts_all_that_it_holds() {
+        let mut seam = Seam::new(&[&[b'e'; 40]], vec![vec![b's'; 30]], &[b'd'; 90]);
+        assert_eq!(seam.held(), 40 + 30 + 30);
+        assert_eq!(seam.judge(&[b'e'; 20], false), Verdict::Wait);
+        assert!((120..200).contains(&seam.held()), "{}", seam.held());
+    }
+
+    #[test]
+    fn another_leg_draws_other_numbers_that_every_engine_takes() {
+        for seed in [0, 1, 42, u64::MAX] {
+            assert!(next_seed(seed, "said") <= SEED_MAX && next_seed(seed, "more") <= SEED_MAX);
+            assert_ne!(next_seed(seed, "said"), next_seed(seed, "more"));
+        }
+    }
+
+    #[test]
+    fn what_a_continuation_would_lose_refuses_it() {
+        for (member, refused) in [
+            (r#""echo":true"#, Some(Refused::Details)),
+            (r#""echo":false"#, None),
+            (r#""use_beam_search":true"#, Some(Refused::Sampler)),
+            (r#""use_beam_search":false"#, None),
+            (r#""mirostat":2"#, Some(Refused::Sampler)),
+            (r#""mirostat":0"#, None),
+        ] {
+            let body = format!(r#"{{"prompt":"p",{member}}}"#);
+            assert_eq!(Asked::read(Endpoint::Completions, body.as_bytes()).err(), refused, "{member}");
+        }
+    }
+
+    #[test]
+    fn a_limit_that_an_engine_would_assume_is_told_to_it() {
+        for (endpoint, engine, limit, expected) in [
+            (Endpoint::Completions, Engine::Vllm, "", r#"{"max_tokens":13,"prompt":"p"}"#),
+            (
+                Endpoint::Completions,
+                Engine::Sglang,
+                r#","max_tokens":null"#,
+                r#"{"prompt":"p","max_tokens":13}"#,
+            ),
+            (Endpoint::Completions, Engine::LlamaCpp, "", r#"{"prompt":"p"}"#),
+            (Endpoint::ChatCompletions, Engine::Vllm, "", r#"{"prompt":"p"}"#),
+        ] {
+            let body = format!(r#"{{"prompt":"p"{limit}}}"#);
+            let asked = Asked::read(endpoint, body.as_bytes()).unwrap();
+            let mut edits = Edits::default();
+            asked.reduce_limits(endpoint, engine, Some(3), &mut edits).unwrap();
+            assert_eq!(String::from_utf8(edits.apply(body.as_bytes())).unwrap(), expected, "{engine:?}");
+        }
+    }
+
+    #[test]
+    fn every_limit_loses_what_was_spent() {
+        for (limits, expected) in [
+            (r#""max_tokens":10"#, r#""max_tokens":7"#),
+            (r#""max_completion_tokens":10,"max_tokens":9"#, r#""max_completion_tokens":7,"max_tokens":6"#),
+            (r#""n_predict":10,"max_tokens":-1"#, r#""n_predict":7,"max_tokens":-1"#),
+            (r#""max_tokens":10,"min_tokens":5"#, r#""max_tokens":7,"min_tokens":2"#),
+            (r#""max_tokens":10,"min_tokens":2"#, r#""max_tokens":7,"min_tokens":0"#),
+            (r#""max_tokens":10,"min_tokens":0"#, r#""max_tokens":7,"min_tokens":0"#),
+        ] {
+            let body = format!(r#"{{"prompt":"p",{limits}}}"#);
+            let asked = Asked::read(Endpoint::Completions, body.as_bytes()).unwrap();
+            let mut edits = Edits::default();
+            asked.reduce_limits(Endpoint::Completions, Engine::LlamaCpp, Some(3), &mut edits).unwrap();
+            let reduced = String::from_utf8(edits.apply(body.as_bytes())).unwrap();
+            assert_eq!(reduced, format!(r#"{{"prompt":"p",{expected}}}"#));
+        }
+    }
+}

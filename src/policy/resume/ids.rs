@@ -192,6 +192,7 @@ mod tests {
         }
         let mut odd_prompt = Ids::of(Engine::Vllm);
         odd_prompt.add(&Chunk::read(br#"{"prompt_token_ids":["x"],"choices":[]}"#).unwrap(), b"", 0, None);
+        odd_prompt.add(&Chunk::read(br#"{"prompt_token_ids":[7],"choices":[]}"#).unwrap(), b"", 0, None);
         odd_prompt.add_list(b"1", b"a", 1);
         assert_eq!(odd_prompt.seam(), None);
         let mut without_prompt = Ids::of(Engine::Vllm);
@@ -221,10 +222,14 @@ mod tests {
         let many = vec!["1"; GENERATED_MAX + 1].join(",");
         ids.add_list(many.as_bytes(), b"a", 1);
         assert_eq!((ids.seam(), ids.held()), (None, 0));
-        let mut ids = Ids::of(Engine::Vllm);
-        let data =
-            format!("{{\"prompt_token_ids\":[{}],\"choices\":[]}}", vec!["1"; PROMPT_MAX + 1].join(","));
-        ids.add(&Chunk::read(data.as_bytes()).unwrap(), b"", 0, None);
+        let prompt = |count: usize| {
+            let mut ids = Ids::of(Engine::Vllm);
+            let data = format!("{{\"prompt_token_ids\":[{}],\"choices\":[]}}", vec!["1"; count].join(","));
+            ids.add(&Chunk::read(data.as_bytes()).unwrap(), b"", 0, None);
+            ids
+        };
+        assert_eq!(prompt(PROMPT_MAX).given().0.len(), PROMPT_MAX);
+        let ids = prompt(PROMPT_MAX + 1);
         assert_eq!((ids.seam(), ids.held()), (None, 0));
     }
 }

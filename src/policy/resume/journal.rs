@@ -335,3 +335,183 @@ impl Cursor {
         Ok(passed)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const MAX: usize = 1 << 16;
+
+    #[test]
+    fn the_bound_counts_texts_and_their_runs() {
+        let run = size_of::<Run>();
+        for (bytes_max, fits) in [(100 + 2 * run, true), (99 + 2 * run, false)] {
+            let mut journal = Journal::default();
+            journal.append(Channel::Content, &[b'a'; 60], bytes_max);
+            journal.append(Channel::Refusal, &[b'b'; 40], bytes_max);
+            assert_eq!((!journal.overflow, journal.text().len()), (fits, if fits { 100 } else { 0 }));
+            // For good.
+            journal.append(Channel::Content, b"", bytes_max);
+            journal.append(Channel::Content, b"c", 10 * bytes_max);
+            assert_eq!(journal.text().len(), if fits { 101 } else { 0 });
+        }
+        let mut journal = Journal::default();
+        journal.append(Channel::Content, b"", MAX);
+        assert_eq!(journal.channels().count(), 0, "nothing was said");
+        for place in 0..100 {
+            journal.append(if place % 2 == 0 { Channel::Content } else { Channel::Refusal }, b"x", MAX);
+        }
+        assert!((100 * run..300 * run).contains(&journal.held()), "{}", journal.held());
+    }
+
+    #[test]
+    fn a_text_that_goes_on_where_the_client_heard_something_else_differs() {
+        let mut journal = Journal::default();
+        journal.append(Channel::Reasoning(1), b"ab", MAX);
+        journal.append(Channel::Content, b"cdefgh", MAX);
+        let pass = |text: &[u8]| Cursor::default().pass(&journal, Channel::Reasoning(1), text).ok();
+        assert_eq!(
+            (pass(b"a"), pass(b"ab"), pass(b"abX"), pass(b"abcdefghi")),
+            (Some(1), Some(2), None, None)
+        );
+    }
+
+    #[test]
+    fn the_prompt_is_counted_once_and_by_who_was_given_it() {
+        let usage = |prompt: u64| format!(r#"{{"choices":[],"usage":{{"prompt_tokens":{prompt}}}}}"#);
+        let (first, second) = (usage(5), usage(9));
+        let [first, second] = [&first, &second].map(|data| Chunk::read(data.as_bytes()).unwrap());
+        let mut journal = Journal::default();
+        // A leg that continues counts the answer among its prompt.
+        journal.count(&second, Some(4));
+        journal.count(&second, None);
+        assert_eq!(journal.prompt_tokens, None);
+        journal.count(&first, Some(0));
+        journal.count(&second, Some(0));
+        assert_eq!(journal.prompt_tokens, Some(5));
+    }
+
+    #[test]
+    fn ids_are_held_as_well() {
+        let mut journal =
+            Journal { ids: Ids::of(crate::policy::dialect::Engine::Vllm), ..Journal::default() };
+        let before = journal.held();
+        let list = vec!["1"; 1000].join(",");
+        journal.ids.add_list(list.as_bytes(), b"x", 1);
+        assert!(journal.held() >= before + 4000);
+    }
+
+    #[test]
+    fn the_id_of_a_call_is_said_again_only_where_its_engine_says_it_again() {
+        let mut journal = Journal::default();
+        assert!(!journal.knows(0) && journal.id_again(0).is_none());
+        journal.meet_call(0, b"\"A\"", true);
+        assert!(journal.knows(0) && !journal.knows(1));
+        // Another call of the same index is another call.
+        journal.meet_call(0, b"\"B\"", true);
+        assert_eq!(journal.id_again(0), Some(&b"null"[..]));
+        journal.meet_call(0, b"\"B\"", false);
+        assert_eq!(journal.id_again(0), Some(&b"\"B\""[..]));
+    }
+
+    #[test]
+    fn what_was_given_up_is_not_taken_up_again() {
+        let end = br#"{"choices":[{"index":0,"delta":{"content":"x"},"finish_reason":"stop"}]}"#;
+        let mut overflown = Journal::default();
+        overflown.observe(Wire::OpenAi, br#"{"choices":[{"index":0,"delta":{"content":"xyz"}}]}"#, 2);
+        for unread in [
+            &br#"{"choices":["#[..],
+            br#"{"choices":[{"index":0,"delta":{"audio":"x"}}]}"#,
+            br#"{"choices":[],"error":{"message":"x"}}"#,
+            br#"{"choices":[{"index":1,"delta":{"content":"x"}}]}"#,
+            br#"{"choices":[{"index":0,"delta":{}},{"index":0,"delta":{}}]}"#,
+        ] {
+            let mut journal = Journal::default();
+            journal.observe(Wire::OpenAi, unread, MAX);
+            assert!(journal.unreadable, "{}", String::from_utf8_lossy(unread));
+            journal.observe(Wire::OpenAi, end, MAX);
+            assert!(!journal.finished && journal.text().is_empty());
+        }
+        overflown.observe(Wire::OpenAi, end, MAX);
+        assert!(overflown.overflow && !overflown.finished && overflown.text().is_empty());
+    }
+
+    #[test]
+    fn ollamas_finish_is_its_end() {
+        let mut journal = Journal::default();
+        journal.observe(Wire::Ollama, br#"{"response":"x","done":false}"#, MAX);
+        assert!(!journal.finished && !journal.done);
+        journal.observe(Wire::Ollama, br#"{"response":"","done":true}"#, MAX);
+        assert!(journal.finished && journal.done);
+    }
+
+    /// Chunks that resemble each other, in the words of one API.
+    fn events() -> impl Strategy<Value = (Wire, bool, Vec<String>)> {
+        let chat = |text: &str| {
+            let delta = |more: &str| {
+                format!(
+                    r#"{{"choices":[{{"index":0,"delta":{{"content":"{text}"{more}}},"finish_reason":null}}]}}"#
+                )
+            };
+            let beside =
+                |more: &str| format!(r#"{{"choices":[{{"index":0,"delta":{{"content":"{text}"}}{more}}}]}}"#);
+            vec![
+                delta(""),
+                delta(r#","role":"assistant""#),
+                format!(
+                    r#"{{"choices":[{{"index":0,"delta":{{"reasoning":"{text}","reasoning_content":"{text}"}}}}]}}"#
+                ),
+                format!(
+                    r#"{{"choices":[{{"index":0,"delta":{{"tool_calls":[{{"index":0,"id":"A","function":{{"arguments":"{text}"}}}}]}}}}]}}"#
+                ),
+                beside(r#","token_ids":[1]"#),
+                beside(r#","token_ids":[2,3]"#),
+                beside(r#","logprobs":{"content":[{"token":"x"}]}"#),
+                beside(r#","token_ids":[1],"prompt_token_ids":[7]"#),
+                format!(
+                    r#"{{"choices":[{{"index":0,"delta":{{"content":"{text}"}}}}],"usage":{{"prompt_tokens":1,"completion_tokens":2}}}}"#
+                ),
+            ]
+        };
+        let message = |text: &str| {
+            vec![
+                format!(
+                    r#"{{"type":"content_block_start","index":0,"content_block":{{"type":"text","text":"{text}"}}}}"#
+                ),
+                format!(
+                    r#"{{"type":"content_block_delta","index":0,"delta":{{"type":"text_delta","text":"{text}"}}}}"#
+                ),
+            ]
+        };
+        let text = || prop::sample::select(vec!["a", "bc", "\\n", "é"]);
+        let chats = prop::collection::vec((0usize..9, text()), 0..12)
+            .prop_map(move |all| all.into_iter().map(|(kind, text)| chat(text).swap_remove(kind)).collect());
+        let messages = prop::collection::vec((0usize..2, text()), 0..8).prop_map(move |all| {
+            all.into_iter().map(|(kind, text)| message(text).swap_remove(kind)).collect()
+        });
+        prop_oneof![
+            3 => (Just(Wire::OpenAi), any::<bool>(), chats),
+            1 => (Just(Wire::Anthropic), any::<bool>(), messages),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn knowing_the_last_event_changes_nothing((wire, ours, events) in events()) {
+            let journal = || Journal {
+                ids: Ids::of(crate::policy::dialect::Engine::Vllm),
+                ids_are_ours: ours,
+                ..Journal::default()
+            };
+            let (mut knows, mut reads) = (journal(), journal());
+            for event in &events {
+                knows.observe(wire, event.as_bytes(), MAX);
+                reads.last = Last::default();
+                reads.observe(wire, event.as_bytes(), MAX);
+            }
+            (knows.last, reads.last) = (Last::default(), Last::default());
+            prop_assert_eq!(format!("{knows:?}"), format!("{reads:?}"));
+        }
+    }
+}

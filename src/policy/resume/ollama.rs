@@ -91,3 +91,80 @@ fn call(call: Value<'_>) -> Option<String> {
     mark.push('\0');
     Some(mark)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn chunk(data: &str) -> Chunk<'_> {
+        read(data.as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn thinking_comes_before_the_answer_on_both_paths() {
+        for data in [
+            r#"{"model":"m","response":"so","thinking":"hm","done":false}"#,
+            r#"{"model":"m","message":{"role":"assistant","content":"so","thinking":"hm"},"done":false}"#,
+        ] {
+            let chunk = chunk(data);
+            let said: Vec<_> = chunk.said.iter().map(|said| (said.channel, said.value.raw())).collect();
+            assert_eq!(
+                said,
+                [(Channel::Reasoning(1), &b"\"hm\""[..]), (Channel::Content, b"\"so\"")],
+                "{data}"
+            );
+            assert!(!chunk.unknown && !chunk.done && chunk.finish.is_none());
+            assert_eq!(chunk.model.map(|model| model.raw()), Some(&b"\"m\""[..]));
+        }
+    }
+
+    #[test]
+    fn the_last_line_says_why_it_is_the_last() {
+        for (data, finish) in [
+            (r#"{"response":"","done":true,"done_reason":"length"}"#, Some(Finish::Length)),
+            (r#"{"response":"","done":true}"#, Some(Finish::Stop)),
+            (r#"{"response":"","done":false,"done_reason":"length"}"#, None),
+        ] {
+            assert_eq!((chunk(data).finish, chunk(data).done), (finish, finish.is_some()), "{data}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_understood_is_said_to_be() {
+        for (data, unknown) in [
+            (r#"{"message":"text"}"#, true),
+            (r#"{"message":{"images":["x"]}}"#, true),
+            (r#"{"message":{"images":[]}}"#, false),
+            (r#"{"choices":[]}"#, true),
+        ] {
+            assert_eq!(chunk(data).unknown, unknown, "{data}");
+        }
+        let details = chunk(r#"{"response":"ab","logprobs":[{"token":"a"},{"token":"b"}]}"#).details;
+        assert_eq!(details, 2);
+    }
+
+    #[test]
+    fn a_tool_call_is_known_by_its_name_and_its_arguments() {
+        let mark = |calls: &str| {
+            let data = format!(r#"{{"message":{{"role":"assistant","content":"","tool_calls":[{calls}]}}}}"#);
+            let chunk = chunk(&data);
+            chunk.mark.filter(|_| !chunk.unknown)
+        };
+        let call = mark(r#"{"function":{"name":"f","arguments":{"a":1}}}"#);
+        assert!(call.as_ref().is_some_and(|mark| mark.contains("\"f\"") && mark.contains("{\"a\":1}")));
+        // An id is that of its leg.
+        for same in [
+            r#"{"id":"x","type":"function","function":{"name":"f","arguments":{"a":1}}}"#,
+            r#"{"function":{"name":"f","arguments":{"a":1},"strict":null},"extra":null}"#,
+        ] {
+            assert_eq!(mark(same), call, "{same}");
+        }
+        assert_ne!(mark(r#"{"function":{"name":"g","arguments":{"a":1}}}"#), call);
+        for unknown in
+            [r#"{"function":{"name":"f","strict":true}}"#, r#"{"function":{"name":"f"},"extra":1}"#]
+        {
+            assert_eq!(mark(unknown), None, "{unknown}");
+        }
+        assert_eq!(mark(""), None, "none was called");
+    }
+}

@@ -256,3 +256,139 @@ fn a_completion_without_a_limit_ends_where_its_engine_ends_it() {
         assert!(!splice.end_at_limit(body.as_bytes(), &mut Vec::new()), "{more}");
     }
 }
+
+#[test]
+fn a_line_of_more_calls_than_were_told_is_not_taken_for_the_same() {
+    let line = |calls: &str| {
+        format!(
+            r#"{{"model":"m","message":{{"role":"assistant","content":"","tool_calls":[{calls}]}},"done":false}}"#
+        )
+    };
+    let (one, two) = (r#"{"function":{"name":"f"}}"#, r#"{"function":{"name":"g"}}"#);
+    let mut splice = Splice::arm(Endpoint::OllamaChat, b"{}", &ResumePolicy::default()).unwrap();
+    splice.observe(line(one).as_bytes());
+    let plan = splice.plan(None, b"{}").unwrap();
+    splice.begin_leg(&plan);
+    let (mut out, both) = (Vec::new(), line(&format!("{one},{two}")) + "\n");
+    assert_eq!(splice.feed(both.as_bytes(), &mut out), Err(Abandon::Diverged));
+    assert!(out.is_empty());
+}
+
+const UNKNOWN: &str = r#"{"audio":{"data":"x"}}"#;
+
+#[test]
+fn what_is_not_understood_of_a_later_leg_ends_resuming() {
+    for (engine, said, strategy) in [
+        (None, r#"{"content":"abc"}"#, Strategy::Replay),
+        (Some(Engine::Vllm), r#"{"content":"c"}"#, Strategy::Text),
+    ] {
+        // Before it has spoken: it is given up.
+        let mut stream = Stream::chat(event(r#"{"content":"ab"}"#).as_bytes());
+        let plan = stream.splice.plan(engine, BODY).unwrap();
+        assert_eq!(plan.strategy, strategy);
+        assert_eq!(stream.leg(&plan, event(UNKNOWN).as_bytes()), Err(Abandon::Unreadable));
+        // Behind that: the client gets it, and nothing can be compared any more.
+        let mut stream = Stream::chat(event(r#"{"content":"ab"}"#).as_bytes());
+        let plan = stream.splice.plan(engine, BODY).unwrap();
+        stream.leg(&plan, (event(said) + &event(UNKNOWN) + &event(r#"{"content":"d"}"#)).as_bytes()).unwrap();
+        assert_eq!(stream.view().text(), "abcd");
+        assert!(stream.got.windows(5).any(|bytes| bytes == b"audio"));
+        assert_eq!(stream.splice.plan(engine, BODY), Err(Refused::Unreadable), "{strategy:?}");
+    }
+}
+
+#[test]
+fn new_text_stays_as_its_engine_wrote_it() {
+    let mut stream = Stream::chat(event(r#"{"content":"ab"}"#).as_bytes());
+    let odd = event(r#"{"content":"\u0063\/"}"#);
+    stream.replay((event(r#"{"content":"ab"}"#) + &odd).as_bytes()).unwrap();
+    assert!(stream.got.ends_with(odd.as_bytes()), "{}", String::from_utf8_lossy(&stream.got));
+}
+
+#[test]
+fn text_behind_a_finish_is_not_passed_on_with_its_usage() {
+    let mut stream = Stream::chat(event(r#"{"content":"a"}"#).as_bytes());
+    let leg = "data: {\"choices\":[{\"index\":0,\"delta\":{\"content\":\"a\"},\"finish_reason\":\"stop\"}]}\n\n\
+               data: {\"choices\":[{\"index\":0,\"delta\":{\"content\":\"b\"}}],\"usage\":{\"completion_tokens\":2}}\n\n";
+    stream.replay(leg.as_bytes()).unwrap();
+    assert_eq!((stream.view().text().as_str(), stream.view().usage), ("a", None));
+}
+
+#[test]
+fn usage_that_is_not_known_is_not_told() {
+    let end = |choices: &str| {
+        format!(
+            "data: {{\"choices\":[{choices}],\"usage\":{{\"prompt_tokens\":9,\"completion_tokens\":2}}}}\n\n"
+        )
+    };
+    let finish = r#"{"index":0,"delta":{},"finish_reason":"stop"}"#;
+    let mut stream = Stream::chat(event(r#"{"content":"a"}"#).as_bytes());
+    let plan = stream.splice.plan(Some(Engine::Vllm), BODY).unwrap();
+    stream.leg(&plan, (event(r#"{"content":"b"}"#) + &end(finish) + &end("")).as_bytes()).unwrap();
+    // Beside a finish there is `null`, and an event of usage alone is left out.
+    let events = events(&stream.got);
+    let last: Value = serde_json::from_slice(events.last().unwrap()).unwrap();
+    assert_eq!((events.len(), &last["usage"], last["choices"].is_array()), (3, &Value::Null, true));
+    assert_eq!(stream.view().finishes, ["stop"]);
+}
+
+#[test]
+fn an_end_that_is_written_here_is_in_the_words_of_its_api() {
+    for (endpoint, object, choice) in [
+        (Endpoint::ChatCompletions, "chat.completion.chunk", "delta"),
+        (Endpoint::Completions, "text_completion", "text"),
+    ] {
+        for wanted in [false, true] {
+            let body = format!(
+                r#"{{"model":"m","stream":true,"prompt":"p","messages":[{{"role":"user","content":"p"}}],"max_tokens":2,"stream_options":{{"include_usage":{wanted}}}}}"#
+            );
+            let mut splice = Splice::arm(endpoint, body.as_bytes(), &ResumePolicy::default()).unwrap();
+            splice.tells_ids(Engine::Vllm, true);
+            for (text, ids) in [
+                ("", r#""prompt_token_ids":[7,8,9]"#),
+                ("a", r#""token_ids":[1]"#),
+                ("b", r#""token_ids":[2]"#),
+            ] {
+                splice.observe(format!(r#"{{"choices":[{{"index":0,"text":"{text}",{ids}}}]}}"#).as_bytes());
+            }
+            let mut out = Vec::new();
+            assert!(splice.end_at_limit(body.as_bytes(), &mut out), "{endpoint:?}");
+            let events = events(&out);
+            let end: Value = serde_json::from_slice(&events[0]).unwrap();
+            assert_eq!(end["object"], object);
+            assert!(end["choices"][0].get(choice).is_some(), "{end}");
+            let usage = json!({"prompt_tokens": 3, "total_tokens": 5, "completion_tokens": 2});
+            assert_eq!(View::of(&out).usage, wanted.then_some(usage));
+        }
+    }
+}
+
+#[test]
+fn ids_that_the_client_has_seen_are_not_drawn_again() {
+    let body = r#"{"model":"m","stream":true,"prompt":"p","max_tokens":50,"return_token_ids":true}"#;
+    let peers = Peers { engine: Some(Engine::Vllm), text: false, ids: true, context_max: Some(1000) };
+    for (more, expected) in [
+        ("", Ok(Strategy::Exact)),
+        (r#"{"choices":[{"index":0,"text":"xy","token_ids":[1,2]}]}"#, Err(Refused::Ids)),
+        // A token without text.
+        (r#"{"choices":[{"index":0,"text":"","token_ids":[1]}]}"#, Err(Refused::Ids)),
+    ] {
+        let mut splice = told_with_ids(Engine::Vllm, body, 2, "");
+        splice.journal.ids_are_ours = false;
+        splice.withdraw(Strategy::Replay);
+        splice.withdraw(Strategy::Text);
+        if !more.is_empty() {
+            splice.observe(more.as_bytes());
+        }
+        assert_eq!(splice.plan(peers, body.as_bytes()).map(|plan| plan.strategy), expected, "{more}");
+    }
+}
+
+#[test]
+fn a_version_is_written_as_it_is_read() {
+    let version = super::super::Version(0, 10, 2);
+    assert_eq!(
+        (version.to_string().as_str(), super::super::Version::parse("0.10.2")),
+        ("0.10.2", Some(version))
+    );
+}
