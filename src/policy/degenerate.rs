@@ -182,7 +182,7 @@ fn unit_of(piece: &[u8]) -> &[u8] {
     let Some((&first, rest)) = piece.split_first() else { return piece };
     let most = (piece.len() / 2).min(UNIT_BYTES_MAX);
     // Few words have their first letter again in their first half.
-    if rest.iter().take(most).all(|&byte| byte != first) || memchr::memchr(b'\\', piece).is_some() {
+    if memchr::memchr(first, &rest[..most]).is_none() || memchr::memchr(b'\\', piece).is_some() {
         return piece;
     }
     let repeats = |len: &usize| {
