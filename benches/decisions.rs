@@ -10,7 +10,7 @@ use std::sync::atomic::AtomicUsize;
 use std::time::Duration;
 
 use evergate::policy::balance::{BalancePolicy, Candidates, Request, pick};
-use evergate::policy::dialect::{Endpoint, EventReader, check_answer, request_facts};
+use evergate::policy::dialect::{Endpoint, EventFacts, EventReader, check_answer, request_facts};
 use evergate::policy::resume::{ResumePolicy, Splice};
 use evergate::policy::retry::{Cause, Facts, Phase, verdict};
 use evergate::policy::route::{Head, PoolModels, Route, Table};
@@ -126,11 +126,17 @@ fn decode(times: usize) {
 }
 
 fn journal(times: usize) {
+    let (mut facts, mut reader) = (EventFacts::default(), EventReader::new(CHAT));
+    let read = Decoder::new(1 << 20).feed(EVENT.as_bytes(), |event| {
+        facts = reader.read(&event).expect("it is valid");
+        std::ops::ControlFlow::Continue(())
+    });
+    assert!(read.is_ok());
     let data = EVENT.trim_start_matches("data: ").trim_end().as_bytes();
     for _ in 0..times.div_ceil(STREAM_EVENTS) {
         let armed = Splice::arm(CHAT, request().as_bytes(), &ResumePolicy::default());
         let mut splice = armed.expect("a chat stream of one choice is armed");
-        (0..STREAM_EVENTS).for_each(|_| splice.observe(black_box(data)));
+        (0..STREAM_EVENTS).for_each(|_| splice.observe(black_box(data), &facts));
         assert!(splice.held() > STREAM_EVENTS);
     }
 }

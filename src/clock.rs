@@ -10,6 +10,7 @@
 use std::cell::Cell;
 use std::future::poll_fn;
 use std::marker::PhantomData;
+use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll, Waker};
@@ -36,6 +37,8 @@ pub const SEED_VARIABLE: &str = "EVERGATE_SEED";
 thread_local! {
     /// When the turn under way on this thread began.
     static TURN: Cell<Option<Moment>> = const { Cell::new(None) };
+    /// Its number; the last one's between two turns.
+    static TURNS: Cell<u64> = const { Cell::new(0) };
 }
 
 /// Microseconds since [`HEAD_START`] before the process first asked. Follows tokio's clock, which
@@ -68,10 +71,24 @@ impl Turn {
         let outermost = TURN.get().is_none();
         if outermost {
             TURN.set(Some(read()));
+            TURNS.set(match TURNS.get() {
+                0 => THREADS.fetch_add(TURNS_PER_THREAD, Ordering::Relaxed) | 1,
+                turns => turns + 1,
+            });
         }
         Self { outermost, _here: PhantomData }
     }
+
+    /// A number that no other turn of the process has; none outside of turns. What could not go on in a turn cannot
+    /// later in it: whatever would let it go on wakes its task, and so begins another.
+    pub fn number() -> Option<NonZeroU64> {
+        TURN.get().and(NonZeroU64::new(TURNS.get()))
+    }
 }
+
+/// Turns are counted by each thread: more than a thread has in a lifetime.
+const TURNS_PER_THREAD: u64 = 1 << 44;
+static THREADS: AtomicU64 = AtomicU64::new(0);
 
 impl Drop for Turn {
     fn drop(&mut self) {
@@ -490,8 +507,9 @@ mod tests {
         let outer = Turn::begin();
         let begun = now();
         tokio::time::advance(step).await;
+        let number = Turn::number();
         drop(Turn::begin());
-        assert_eq!(now(), begun, "the end of an inner one ends nothing");
+        assert_eq!((now(), Turn::number()), (begun, number), "the end of an inner one ends nothing");
         drop(outer);
         assert_eq!(now(), begun + step);
         let panicked = std::panic::catch_unwind(|| {
@@ -501,6 +519,20 @@ mod tests {
         assert!(panicked.is_err());
         tokio::time::advance(step).await;
         assert_eq!(now(), begun + step * 2, "a panic ends one, too");
+    }
+
+    #[test]
+    fn every_turn_of_every_thread_has_a_number_of_its_own() {
+        fn two() -> [Option<NonZeroU64>; 2] {
+            [(); 2].map(|()| {
+                let _turn = Turn::begin();
+                Turn::number()
+            })
+        }
+        assert_eq!(Turn::number(), None);
+        let numbers = [two(), std::thread::spawn(two).join().unwrap()].concat();
+        let different: std::collections::BTreeSet<_> = numbers.iter().copied().flatten().collect();
+        assert_eq!((different.len(), Turn::number()), (4, None));
     }
 
     #[tokio::test(start_paused = true)]

@@ -4,7 +4,7 @@
 
 use std::ops::ControlFlow;
 
-use evergate::policy::dialect::{Endpoint, Engine};
+use evergate::policy::dialect::{Endpoint, Engine, EventReader};
 use evergate::policy::resume::{ResumePolicy, Splice};
 use evergate::sse::Decoder;
 use libfuzzer_sys::fuzz_target;
@@ -21,8 +21,9 @@ fuzz_target!(|input: &[u8]| {
     let mut parts = input.splitn(3, |&byte| byte == 0);
     let policy = ResumePolicy { journal_bytes_max: 1 << 10, ..ResumePolicy::default() };
     let mut splice = Splice::arm(Endpoint::ChatCompletions, BODY, &policy).unwrap();
+    let mut reader = EventReader::new(Endpoint::ChatCompletions);
     let _ = Decoder::new(1 << 20).feed(parts.next().unwrap_or_default(), |event| {
-        splice.observe(event.data);
+        splice.observe(event.data, &reader.read(&event).unwrap_or_default());
         ControlFlow::Continue(())
     });
     let (mut finishes, mut done) = (0, 0);

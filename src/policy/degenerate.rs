@@ -181,16 +181,11 @@ fn count(units: usize) -> u32 {
 fn unit_of(piece: &[u8]) -> &[u8] {
     let Some((&first, rest)) = piece.split_first() else { return piece };
     let most = (piece.len() / 2).min(UNIT_BYTES_MAX);
+    let repeats =
+        |len: &usize| piece.len().is_multiple_of(*len) && piece[*len..] == piece[..piece.len() - len];
     // Few words have their first letter again in their first half.
-    if memchr::memchr(first, &rest[..most]).is_none() || memchr::memchr(b'\\', piece).is_some() {
-        return piece;
-    }
-    let repeats = |len: &usize| {
-        piece[*len] == first
-            && piece.len().is_multiple_of(*len)
-            && piece[*len..] == piece[..piece.len() - len]
-    };
-    (1..=most).find(repeats).map_or(piece, |len| &piece[..len])
+    let unit = memchr::memchr_iter(first, &rest[..most]).map(|at| at + 1).find(repeats);
+    unit.filter(|_| memchr::memchr(b'\\', piece).is_none()).map_or(piece, |len| &piece[..len])
 }
 
 /// Whether it has a letter or a digit; the last byte mostly is one.

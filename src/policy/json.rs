@@ -464,10 +464,10 @@ impl<'a> Reader<'a> {
             return Err(unexpected(self.bytes, self.at));
         }
         let at = self.at;
-        let (end, escaped) = match plain_string_end(self.bytes, at) {
-            Some(end) => (end, false),
-            None => {
-                let end = any_string_end(self.bytes, at)?;
+        let (end, escaped) = match plain_string_end(self.bytes, at + 1) {
+            Ok(end) => (end, false),
+            Err(ascii) => {
+                let end = any_string_end(self.bytes, ascii)?;
                 (end, memchr::memchr(b'\\', &self.bytes[at..end]).is_some())
             }
         };
@@ -623,36 +623,40 @@ fn index_of(hits: u64) -> usize {
 /// for the short ones, which most strings of an event are.
 const LONG_STRING: usize = 64;
 
+/// The same for what is known not to be short.
+const LONG_RUN: usize = 16;
+
 /// The offset behind the string whose opening quote is at `at`, all of it checked.
 #[inline]
 pub(super) fn string_end(bytes: &[u8], at: usize) -> Result<usize, JsonError> {
-    match plain_string_end(bytes, at) {
-        Some(end) => Ok(end),
-        None => any_string_end(bytes, at),
+    match plain_string_end(bytes, at + 1) {
+        Ok(end) => Ok(end),
+        Err(ascii) => any_string_end(bytes, ascii),
     }
 }
 
-/// The same, if the string is short and nothing but ASCII without escapes.
+/// The same for a string that begins at `at`, if it is short and nothing but ASCII without escapes. If not, as far as
+/// it is that.
 #[inline]
-fn plain_string_end(bytes: &[u8], at: usize) -> Option<usize> {
-    let start = at + 1;
-    let mut at = start;
-    while at - start < LONG_STRING {
-        let word = u64::from_le_bytes(*bytes.get(at..)?.first_chunk::<8>()?);
+fn plain_string_end(bytes: &[u8], mut at: usize) -> Result<usize, usize> {
+    let long = at + LONG_STRING;
+    while at < long {
+        let Some(eight) = bytes.get(at..).and_then(<[u8]>::first_chunk::<8>) else { break };
+        let word = u64::from_le_bytes(*eight);
         let quotes = hits(word, b'"');
         let stops = quotes | hits(word, b'\\') | control_hits(word) | (word & HIGH);
         if stops != 0 {
             let lowest = stops & stops.wrapping_neg();
-            return (quotes & lowest != 0).then(|| at + index_of(stops) + 1);
+            at += index_of(stops);
+            return if quotes & lowest != 0 { Ok(at + 1) } else { Err(at) };
         }
         at += 8;
     }
-    None
+    Err(at)
 }
 
-/// Any string: long, escaped, beyond ASCII, at the end of the text, or wrong.
-fn any_string_end(bytes: &[u8], at: usize) -> Result<usize, JsonError> {
-    let start = at + 1;
+/// Any string, from where it is long, escaped, beyond ASCII, at the end of the text, or wrong.
+fn any_string_end(bytes: &[u8], start: usize) -> Result<usize, JsonError> {
     let mut at = start;
     loop {
         at += plain_len(&bytes[at..]);
@@ -663,7 +667,12 @@ fn any_string_end(bytes: &[u8], at: usize) -> Result<usize, JsonError> {
             None => return Err(error(at, JsonErrorKind::UnexpectedEnd)),
         }
     }
-    match std::str::from_utf8(&bytes[start..at]) {
+    let rest = &bytes[start..at];
+    // Without a branch for each byte, and so by vector instructions.
+    if rest.iter().fold(0, |all, &byte| all | byte).is_ascii() {
+        return Ok(at + 1);
+    }
+    match std::str::from_utf8(rest) {
         Ok(_) => Ok(at + 1),
         Err(fault) => Err(error(start + fault.valid_up_to(), JsonErrorKind::BadUtf8)),
     }
@@ -680,7 +689,7 @@ fn plain_len(bytes: &[u8]) -> usize {
             return at + index_of(stops);
         }
         at += 8;
-        if at == LONG_STRING {
+        if at == LONG_RUN {
             at += plain_len_long(&bytes[at..]);
         }
     }
@@ -825,10 +834,10 @@ where
 /// Reads the name at `at` and its colon; returns the offset behind the colon.
 fn skim_name(bytes: &[u8], at: usize) -> Result<(Cow<'_, [u8]>, usize), JsonError> {
     expect(bytes, at, b'"')?;
-    let (name, end) = match plain_string_end(bytes, at) {
-        Some(end) => (Cow::Borrowed(&bytes[at + 1..end - 1]), end),
-        None => {
-            let end = skim_long_string(bytes, at)?;
+    let (name, end) = match plain_string_end(bytes, at + 1) {
+        Ok(end) => (Cow::Borrowed(&bytes[at + 1..end - 1]), end),
+        Err(ascii) => {
+            let end = skim_long_string(bytes, ascii)?;
             let inside = &bytes[at + 1..end - 1];
             (unescape(inside).unwrap_or(Cow::Borrowed(inside)), end)
         }
@@ -865,14 +874,13 @@ fn skim_value(bytes: &[u8], at: usize) -> Result<Value<'_>, JsonError> {
 /// The offset behind the string that begins at `at`.
 #[inline]
 fn skim_string(bytes: &[u8], at: usize) -> Result<usize, JsonError> {
-    match plain_string_end(bytes, at) {
-        Some(end) => Ok(end),
-        None => skim_long_string(bytes, at),
+    match plain_string_end(bytes, at + 1) {
+        Ok(end) => Ok(end),
+        Err(ascii) => skim_long_string(bytes, ascii),
     }
 }
 
-fn skim_long_string(bytes: &[u8], at: usize) -> Result<usize, JsonError> {
-    let mut at = at + 1;
+fn skim_long_string(bytes: &[u8], mut at: usize) -> Result<usize, JsonError> {
     while let Some(i) = bytes.get(at..).and_then(|rest| memchr2(b'"', b'\\', rest)) {
         if bytes[at + i] == b'"' {
             return Ok(at + i + 1);

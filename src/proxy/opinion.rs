@@ -21,7 +21,7 @@ use crate::policy::Moment;
 use crate::policy::degenerate::{
     self, HELD_EVENTS_MAX, HELD_MAX, HELD_WARY_MAX, LOOK_AHEAD_MAX, Opinion, RunWatch, Step, repeats_itself,
 };
-use crate::policy::dialect::{Endpoint, EventFacts, EventReader, TextKind};
+use crate::policy::dialect::{Endpoint, EventFacts, TextKind, read_event};
 use crate::policy::health::Observation;
 use crate::policy::json::Reader;
 use crate::policy::resume::{Abandon, Plan, Splice};
@@ -152,11 +152,11 @@ impl Opinions {
             out.push_back(whole.into());
         }
         let mut parting = self.parting();
-        let (mut decoder, mut reader) = (Decoder::new(usize::MAX), EventReader::new(endpoint));
+        let mut decoder = Decoder::new(usize::MAX);
         for chunk in out.iter() {
             // They were read before, and are valid.
             let _ = decoder.feed(chunk, |event| {
-                let facts = reader.read(&event).unwrap_or_default();
+                let facts = read_event(endpoint, &event).unwrap_or_default();
                 self.take(&event, &facts, wary, resume, &mut parting);
                 ControlFlow::Continue(())
             });
@@ -212,13 +212,13 @@ impl Opinions {
             }
             () if self.is_holding() => Step::Hold,
             () => {
-                parting.room &= resume.observe(event.data);
+                parting.room &= resume.observe(event.data, facts);
                 return;
             }
         };
         match step {
             Step::Pass => {
-                parting.room &= self.note(resume) && resume.observe(event.data);
+                parting.room &= self.note(resume) && resume.observe(event.data, facts);
                 (parting.release, parting.from) = (true, None);
             }
             Step::Begin => {
@@ -265,7 +265,7 @@ impl Opinions {
     fn note(&mut self, resume: &mut Resumer) -> bool {
         let (mut room, mut start) = (true, 0);
         for end in self.ends.drain(..) {
-            room &= resume.observe(&self.data[start..end]);
+            room &= resume.observe(&self.data[start..end], &EventFacts::default());
             start = end;
         }
         self.data.clear();

@@ -14,7 +14,7 @@ use bytes::Bytes;
 use smallvec::SmallVec;
 
 use crate::clock;
-use crate::policy::dialect::{Engine, ErrorClass};
+use crate::policy::dialect::{Engine, ErrorClass, EventFacts};
 use crate::policy::health::{Observation, Standing};
 use crate::policy::moves::MOVES_MAX;
 use crate::policy::poison;
@@ -171,9 +171,9 @@ impl Resumer {
     }
 
     /// The client gets this event of the first leg; false once there is no memory left for what it has.
-    pub(super) fn observe(&mut self, data: &[u8]) -> bool {
+    pub(super) fn observe(&mut self, data: &[u8], facts: &EventFacts) -> bool {
         let before = self.splice.held();
-        self.splice.observe(data);
+        self.splice.observe(data, facts);
         let grown = self.splice.held().saturating_sub(before) as u64;
         grown == 0 || self.held.grow(&self.request.worker.memory, grown, self.request.asked.limits.memory_max)
     }

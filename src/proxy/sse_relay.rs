@@ -20,7 +20,7 @@ use bytes::Bytes;
 
 use crate::clock;
 use crate::policy::Moment;
-use crate::policy::dialect::{Dialect, Endpoint};
+use crate::policy::dialect::{Dialect, Endpoint, EventFacts};
 use crate::policy::health::Standing;
 use crate::policy::resume::{Abandon, NotArmed};
 use crate::policy::retry::{Cause, Facts, Phase};
@@ -210,7 +210,7 @@ impl EventRelay {
         let mut room = true;
         // The gate holds whole events, and no more of them than it may.
         let mut note = |event: Event<'_>| {
-            room &= !event.has_data || resume.observe(event.data);
+            room &= !event.has_data || resume.observe(event.data, &EventFacts::default());
             ControlFlow::Continue(())
         };
         let (mut decoder, mut lines) = (Decoder::new(usize::MAX), Lines::new(usize::MAX));
@@ -298,10 +298,10 @@ impl EventRelay {
             (fed, room, ask) = opinions.feed(&mut self.stream, chunk, out, resume, wary);
             fed
         } else {
-            self.stream.feed(chunk, out, |event, _| {
+            self.stream.feed(chunk, out, |event, facts| {
                 // A comment tells the client nothing.
                 if let Some(resume) = resume.as_mut().filter(|_| event.has_data) {
-                    room &= resume.observe(event.data);
+                    room &= resume.observe(event.data, facts);
                 }
             })
         };

@@ -9,6 +9,7 @@ use std::convert::Infallible;
 use std::error::Error;
 use std::fmt;
 use std::future::{Future, poll_fn};
+use std::num::NonZeroU64;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
@@ -23,6 +24,7 @@ use hyper::body::Incoming;
 use super::Context;
 use super::pulse::{Exchange, Pulse};
 use super::streams::{self, Asked};
+use crate::clock::Turn;
 use crate::drain::Draining;
 use crate::policy::dialect::{Endpoint, Rejection, error_body};
 use crate::proxy::{Client, HeadDefect};
@@ -173,6 +175,8 @@ fn told(telemetry: &Telemetry, task: &dyn fmt::Display, panic: &(dyn Any + Send)
 /// The handler's body, or evergate's own. Dropping it ends the exchange.
 pub(super) struct AnswerBody<B> {
     source: Source<B>,
+    /// The latest turn in which the source had nothing. hyper asks again within it, once it has written.
+    had_nothing: Option<NonZeroU64>,
     failed: Option<Failed>,
     exchange: Exchange,
     telemetry: Arc<Telemetry>,
@@ -191,7 +195,7 @@ struct Failed {
 
 impl<B> AnswerBody<B> {
     fn new(source: Source<B>, exchange: Exchange, telemetry: Arc<Telemetry>) -> Self {
-        Self { source, failed: None, exchange, telemetry }
+        Self { source, had_nothing: None, failed: None, exchange, telemetry }
     }
 
     fn poll_source(&mut self, cx: &mut TaskContext<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>>
@@ -205,11 +209,18 @@ impl<B> AnswerBody<B> {
             Source::Handler(body) => body,
             Source::Own(bytes) => return Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
         };
+        let turn = Turn::number();
+        if turn.is_some() && turn == self.had_nothing {
+            return Poll::Pending;
+        }
         let error = match catch_unwind(AssertUnwindSafe(|| Pin::new(body).poll_frame(cx))) {
             Ok(Poll::Ready(Some(Err(error)))) => error.into(),
             Ok(Poll::Ready(Some(Ok(frame)))) => return Poll::Ready(Some(Ok(frame))),
             Ok(Poll::Ready(None)) => return Poll::Ready(None),
-            Ok(Poll::Pending) => return Poll::Pending,
+            Ok(Poll::Pending) => {
+                self.had_nothing = turn;
+                return Poll::Pending;
+            }
             Err(panic) => {
                 told(&self.telemetry, &"the body of an answer", panic.as_ref());
                 "the answer's source panicked".into()

@@ -11,6 +11,8 @@ use crate::upstream::head;
 /// Longest trailer section, and most bytes of chunk extensions in one answer: as hyper has it.
 const TRAILER_BYTES_MAX: usize = 16 * 1024;
 const EXTENSION_BYTES_MAX: usize = 16 * 1024;
+/// Longest size that is read at once, and the byte behind it.
+const SIZE_DIGITS_PLAIN: usize = 8;
 /// Most trailer fields.
 const TRAILERS_MAX: usize = 100;
 
@@ -64,7 +66,7 @@ impl Framing {
             Self::Chunked(chunked) => chunked.next(unread),
         };
         if matches!(step, Step::End | Step::Trailers(_))
-            || matches!(&self, Self::Chunked(c) if c.at == At::End)
+            || matches!(&self, Self::Chunked(c) if matches!(c.at, At::End))
         {
             *self = Self::Ended;
         }
@@ -98,7 +100,7 @@ pub(super) struct Chunked {
     extensions: usize,
 }
 
-#[derive(Debug, PartialEq)]
+#[derive(Debug)]
 enum At {
     Size {
         digits: u8,
@@ -151,6 +153,7 @@ impl Chunked {
 
     /// Passes over what is no data, as far as the bytes go.
     fn pass(&mut self, unread: &mut Bytes) {
+        self.pass_plain(unread);
         while let (Some(&byte), false) = (unread.first(), matches!(self.at, At::Data(_))) {
             if let At::Fields(fields) = &mut self.at {
                 if !take_fields(fields, unread) {
@@ -160,12 +163,36 @@ impl Chunked {
                 return;
             }
             self.at = self.after(byte);
-            if self.at == At::Broken {
+            if matches!(self.at, At::Broken) {
                 return;
             }
             unread.advance(1);
-            if self.at == At::End {
+            if matches!(self.at, At::End) {
                 return;
+            }
+        }
+    }
+
+    /// The same for what lies between two chunks mostly: two line ends and a number, all of them here.
+    fn pass_plain(&mut self, unread: &mut Bytes) {
+        if matches!(self.at, At::DataCr) && unread.starts_with(b"\r\n") {
+            unread.advance(2);
+            self.at = At::Size { digits: 0, size: 0 };
+        }
+        if !matches!(self.at, At::Size { digits: 0, .. }) {
+            return;
+        }
+        let mut size = 0;
+        for (i, &byte) in unread.iter().take(SIZE_DIGITS_PLAIN).enumerate() {
+            match char::from(byte).to_digit(16) {
+                Some(digit) => size = size << 4 | u64::from(digit),
+                // A last chunk is another matter.
+                None if size > 0 && unread[i..].starts_with(b"\r\n") => {
+                    unread.advance(i + 2);
+                    self.at = At::Data(size);
+                    return;
+                }
+                None => return,
             }
         }
     }

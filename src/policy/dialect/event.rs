@@ -157,6 +157,9 @@ pub struct EventFacts {
     pub usage_only: bool,
     /// `sequence_number` of a Responses event.
     pub sequence: Option<u64>,
+    /// Events of one [`EventReader`] with the same number, if that is not 0, are equal but for what stands at `text`
+    /// and between the brackets of `ids`.
+    pub mould: u32,
 }
 
 /// An event that must not reach the client (F21).
@@ -237,7 +240,7 @@ pub fn read_event(endpoint: Endpoint, event: &Event<'_>) -> Result<EventFacts, I
 pub struct EventReader {
     endpoint: Endpoint,
     frame: Frame,
-    /// Of the event in `frame`; its `text` is `Some` unless that is empty.
+    /// Of the event in `frame`; its `text` is `Some` unless that is empty. Its `mould` counts the frames.
     facts: EventFacts,
 }
 
@@ -250,17 +253,18 @@ impl EventReader {
         Self { endpoint, frame: Frame::default(), facts: EventFacts::default() }
     }
 
-    /// What [`read_event`] says.
+    /// What [`read_event`] says, and its mould.
     pub fn read(&mut self, event: &Event<'_>) -> Result<EventFacts, InvalidEvent> {
         if let Some(facts) = self.recognise(event) {
             return Ok(facts);
         }
-        let facts = read_event(self.endpoint, event)?;
+        let mut facts = read_event(self.endpoint, event)?;
         // The class of an error may depend on its words; nothing else does on the text or the ids.
         if let Some(text) = facts.text.filter(|_| facts.error.is_none())
             && event.data.len() <= REMEMBERED_BYTES_MAX
         {
             self.frame.set(event.data, text.start..text.end, facts.ids.map(|(start, end)| start..end));
+            facts.mould = self.facts.mould.wrapping_add(1).max(1);
             self.facts = facts;
         }
         Ok(facts)
@@ -389,6 +393,10 @@ mod tests {
         errors: Vec<ErrorClass>,
     }
 
+    fn unnumbered(facts: EventFacts) -> EventFacts {
+        EventFacts { mould: 0, ..facts }
+    }
+
     fn read(endpoint: Endpoint, choices: u32, wire: &str) -> Read {
         let mut progress = StreamProgress::new(choices);
         let mut errors = Vec::new();
@@ -397,7 +405,7 @@ mod tests {
         let on_event = |event: Event<'_>| {
             let mut letters = String::new();
             let result = read_event(endpoint, &event);
-            assert_eq!(reader.read(&event), result);
+            assert_eq!(reader.read(&event).map(unnumbered), result);
             match result {
                 Err(InvalidEvent::Json(_)) => letters.push('!'),
                 Ok(facts) => {
@@ -798,11 +806,17 @@ mod tests {
             )
         };
         let mut reader = EventReader::new(Endpoint::ChatCompletions);
-        reader.read(&event(wrap("Hi", "null").as_bytes())).unwrap();
+        let first = reader.read(&event(wrap("Hi", "null").as_bytes())).unwrap();
+        assert_ne!(first.mould, 0);
         for text in ["x", "a longer one", "\\n", "\\\"", "\u{e9}", "\\u00e9"] {
             let data = wrap(text, "null");
             let facts = reader.recognise(&event(data.as_bytes())).unwrap();
-            assert_eq!(Ok(facts), read_event(Endpoint::ChatCompletions, &event(data.as_bytes())), "{text}");
+            assert_eq!(
+                Ok(unnumbered(facts)),
+                read_event(Endpoint::ChatCompletions, &event(data.as_bytes())),
+                "{text}"
+            );
+            assert_eq!(facts.mould, first.mould);
         }
         // Not a token; not a string; two strings; another end.
         for text in [
@@ -846,7 +860,7 @@ mod tests {
                     data[place] = byte;
                 }
                 let event = event(&data);
-                prop_assert_eq!(reader.read(&event), read_event(Endpoint::ChatCompletions, &event));
+                prop_assert_eq!(reader.read(&event).map(unnumbered), read_event(Endpoint::ChatCompletions, &event));
             }
         }
     }

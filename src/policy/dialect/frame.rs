@@ -61,11 +61,6 @@ impl Frame {
             .then_some(Filled { text: start..end, ids: Some(ids_start..ids_end) })
     }
 
-    /// Bytes on the heap.
-    pub(in crate::policy) fn held(&self) -> usize {
-        self.data.capacity()
-    }
-
     /// Where the text of `data` begins and ends, whose bytes from `at` on are the mould's from `from` on.
     fn text_at(&self, data: &[u8], from: usize, at: usize) -> Option<(usize, usize)> {
         let before = &self.data[from..self.text.start];
@@ -188,12 +183,5 @@ mod tests {
             assert_eq!(ids.len(), 4);
         }
         assert_eq!(read_ids(b"", &mut ids), Some(0));
-    }
-
-    #[test]
-    fn what_is_remembered_is_counted() {
-        assert_eq!(Frame::default().held(), 0);
-        let data = format!(r#"{{"text":"a","x":"{}"}}"#, "y".repeat(500));
-        assert!(frame(&data, "\"a\"", None).held() >= data.len());
     }
 }

@@ -4,12 +4,12 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::id_model::{Quirk, Server};
-use super::tests::{View, cuts, events, open_cuts};
+use super::tests::{View, cuts, events, open_cuts, tell, unread};
 use super::{
     Abandon, Peers, Plan, Refused, RequestIds, ResumeMode, ResumePolicy, Splice, Strategy, Unseen,
     ask_for_ids,
 };
-use crate::policy::dialect::{Endpoint, Engine};
+use crate::policy::dialect::{Endpoint, Engine, EventReader};
 use crate::sse::Decoder;
 
 /// The ways to be continued from ids: engine, endpoint, strategy.
@@ -75,9 +75,7 @@ impl Stream {
         splice.tells_ids(engine, asking.is_some());
         let wire = server.answer(path(endpoint), asking.as_deref().unwrap_or(body));
         let wire = &wire[..cuts(&wire)[cut]];
-        for data in events(wire) {
-            splice.observe(&data);
-        }
+        tell(&mut splice, &mut EventReader::new(endpoint), wire);
         let got = if asking.is_some() { seen(engine, wire) } else { wire.to_vec() };
         Self { splice, got, body: body.to_vec(), endpoint, engine }
     }
@@ -273,9 +271,8 @@ fn a_limit_that_is_reached_is_told_without_another_leg() {
             let wire = String::from_utf8(server.answer(path(endpoint), &asking)).unwrap();
             let unfinished = wire.replace(r#""finish_reason":"length""#, r#""finish_reason":null"#);
             let upto = cuts(unfinished.as_bytes())[open_cuts(wire.as_bytes()).len()];
-            for data in events(&unfinished.as_bytes()[..upto]) {
-                stream.splice.observe(&data);
-            }
+            let mut reader = EventReader::new(endpoint);
+            tell(&mut stream.splice, &mut reader, &unfinished.as_bytes()[..upto]);
             stream.got = seen(engine, &unfinished.as_bytes()[..upto]);
             if stream.splice.end_at_limit(&body, &mut stream.got) {
                 stream.check(&uncut, &format!("{engine:?} {limit}"));
@@ -504,10 +501,10 @@ fn after(deltas: &[(&str, &str)], more: &str) -> Result<Plan, Refused> {
     let mut splice =
         Splice::arm(Endpoint::ChatCompletions, body.as_bytes(), &ResumePolicy::default()).unwrap();
     splice.tells_ids(Engine::Vllm, true);
-    splice.observe(br#"{"model":"m","prompt_token_ids":[1,2],"choices":[{"index":0,"delta":{"role":"assistant","content":""}}]}"#);
+    splice.observe(br#"{"model":"m","prompt_token_ids":[1,2],"choices":[{"index":0,"delta":{"role":"assistant","content":""}}]}"#, &unread());
     for (delta, ids) in deltas {
         let event = format!(r#"{{"model":"m","choices":[{{"index":0,"delta":{delta},"token_ids":{ids}}}]}}"#);
-        splice.observe(event.as_bytes());
+        splice.observe(event.as_bytes(), &unread());
     }
     splice.withdraw(Strategy::Replay);
     splice.plan(Peers { text: false, ..peers(Engine::Vllm) }, body.as_bytes())
@@ -544,6 +541,7 @@ fn answers_that_ids_would_not_continue_truly_are_not() {
     splice.tells_ids(Engine::Vllm, true);
     splice.observe(
         br#"{"prompt_token_ids":[200006,2],"choices":[{"index":0,"delta":{"content":"a"},"token_ids":[5]}]}"#,
+        &unread(),
     );
     splice.withdraw(Strategy::Replay);
     let asked = body(Endpoint::ChatCompletions, "a", json!({}));
@@ -596,7 +594,7 @@ proptest! {
         let upto = cut.index(wire.len());
         let mut out = Vec::new();
         Decoder::new(1 << 20).feed(&wire[..upto], |event| {
-            splice.observe(event.data);
+            splice.observe(event.data, &unread());
             unseen.hide(&event, &mut out);
             std::ops::ControlFlow::Continue(())
         }).unwrap();

@@ -9,11 +9,8 @@
 use super::chunk::{Channel, Chunk};
 use super::ids::Ids;
 use super::wire::Wire;
-use crate::policy::dialect::Frame;
+use crate::policy::dialect::EventFacts;
 use crate::policy::json::Value;
-
-/// Frames larger than this are read anew each time: with log probabilities no two are alike.
-const FRAME_BYTES_MAX: usize = 1024;
 
 /// The members that must stay what they were, as written in the first event that had them.
 #[derive(Clone, Debug, Default)]
@@ -71,18 +68,19 @@ pub(super) struct Journal {
     last: Last,
 }
 
-/// The last event with one text and nothing else of interest: the next is likely to differ only in that.
-#[derive(Clone, Debug, Default)]
+/// The last event with one text and nothing else of interest: the next is likely to differ only in that, and whoever
+/// read it for the relay has seen so (`EventFacts::mould`).
+#[derive(Clone, Copy, Debug, Default)]
 struct Last {
-    frame: Frame,
+    mould: u32,
     channel: Option<Channel>,
     details: u64,
 }
 
 impl Journal {
     /// Takes note of an event that the client was given as it is.
-    pub(super) fn observe(&mut self, wire: Wire, data: &[u8], bytes_max: usize) {
-        if self.overflow || self.unreadable || self.observe_like_last(data, bytes_max) {
+    pub(super) fn observe(&mut self, wire: Wire, data: &[u8], facts: &EventFacts, bytes_max: usize) {
+        if self.overflow || self.unreadable || self.observe_like_last(data, facts, bytes_max) {
             return;
         }
         // TRT-LLM writes a space before the line end.
@@ -119,17 +117,18 @@ impl Journal {
         self.count(&chunk, Some(0));
         let Self { ids, text, .. } = self;
         ids.add(&chunk, text.get(before..).unwrap_or_default(), text.len(), completion_tokens(&chunk));
-        self.remember(data, &chunk);
+        self.remember(facts, &chunk);
     }
 
-    fn observe_like_last(&mut self, data: &[u8], bytes_max: usize) -> bool {
-        let Some(channel) = self.last.channel else { return false };
-        let Some(filled) = self.last.frame.fit(data) else { return false };
-        let inside = &data[filled.text];
+    fn observe_like_last(&mut self, data: &[u8], facts: &EventFacts, bytes_max: usize) -> bool {
+        let Some(channel) = self.last.channel.filter(|_| facts.mould == self.last.mould) else {
+            return false;
+        };
+        let Some(inside) = facts.text.and_then(|text| data.get(text.start..text.end)) else { return false };
         if memchr::memchr(b'\\', inside).is_some() {
             return false;
         }
-        let ids = filled.ids.map_or(&b""[..], |ids| &data[ids]);
+        let ids = facts.ids.and_then(|(start, end)| data.get(start..end)).unwrap_or_default();
         if !self.ids_are_ours && !ids.is_empty() {
             // Told in detail, to be counted.
             return false;
@@ -143,7 +142,7 @@ impl Journal {
         true
     }
 
-    fn remember(&mut self, data: &[u8], chunk: &Chunk<'_>) {
+    fn remember(&mut self, facts: &EventFacts, chunk: &Chunk<'_>) {
         let [said] = &chunk.said[..] else { return };
         let plain = said.mirror.is_none()
             && chunk.mark.is_none()
@@ -151,13 +150,12 @@ impl Journal {
             && chunk.usage.is_none()
             && chunk.prompt_ids.is_none()
             && chunk.calls.iter().all(|call| call.id.is_none());
-        if !plain || data.len() > FRAME_BYTES_MAX || self.overflow {
-            return;
+        let inside = |value: Value<'_>| (value.span().start + 1, value.span().end - 1);
+        let alike = facts.text.map(|text| (text.start, text.end)) == Some(inside(said.value))
+            && facts.ids == chunk.ids.map(inside);
+        if plain && alike && facts.mould != 0 && !self.overflow {
+            self.last = Last { mould: facts.mould, channel: Some(said.channel), details: chunk.details };
         }
-        let (text, ids) = (said.value.span(), chunk.ids.map(|list| list.span()));
-        self.last.frame.set(data, text.start + 1..text.end - 1, ids.map(|ids| ids.start + 1..ids.end - 1));
-        self.last.channel = Some(said.channel);
-        self.last.details = chunk.details;
     }
 
     /// Tokens that a chunk tells the client in detail, by log probabilities or ids.
@@ -267,7 +265,6 @@ impl Journal {
         let calls: usize = self.calls.iter().map(|call| size_of::<Call>() + call.id.len()).sum();
         self.text.capacity()
             + self.runs.capacity() * size_of::<Run>()
-            + self.last.frame.held()
             + self.ids.held()
             + [id, created, model, fingerprint].into_iter().flatten().map(|raw| raw.len()).sum::<usize>()
             + calls
@@ -338,7 +335,11 @@ impl Cursor {
 
 #[cfg(test)]
 mod tests {
+    use std::ops::ControlFlow;
+
     use super::*;
+    use crate::policy::dialect::{Endpoint, EventReader, Text, TextKind};
+    use crate::sse::Decoder;
     use proptest::prelude::*;
 
     const MAX: usize = 1 << 16;
@@ -419,7 +420,12 @@ mod tests {
     fn what_was_given_up_is_not_taken_up_again() {
         let end = br#"{"choices":[{"index":0,"delta":{"content":"x"},"finish_reason":"stop"}]}"#;
         let mut overflown = Journal::default();
-        overflown.observe(Wire::OpenAi, br#"{"choices":[{"index":0,"delta":{"content":"xyz"}}]}"#, 2);
+        overflown.observe(
+            Wire::OpenAi,
+            br#"{"choices":[{"index":0,"delta":{"content":"xyz"}}]}"#,
+            &EventFacts::default(),
+            2,
+        );
         for unread in [
             &br#"{"choices":["#[..],
             br#"{"choices":[{"index":0,"delta":{"audio":"x"}}]}"#,
@@ -428,22 +434,44 @@ mod tests {
             br#"{"choices":[{"index":0,"delta":{}},{"index":0,"delta":{}}]}"#,
         ] {
             let mut journal = Journal::default();
-            journal.observe(Wire::OpenAi, unread, MAX);
+            journal.observe(Wire::OpenAi, unread, &EventFacts::default(), MAX);
             assert!(journal.unreadable, "{}", String::from_utf8_lossy(unread));
-            journal.observe(Wire::OpenAi, end, MAX);
+            journal.observe(Wire::OpenAi, end, &EventFacts::default(), MAX);
             assert!(!journal.finished && journal.text().is_empty());
         }
-        overflown.observe(Wire::OpenAi, end, MAX);
+        overflown.observe(Wire::OpenAi, end, &EventFacts::default(), MAX);
         assert!(overflown.overflow && !overflown.finished && overflown.text().is_empty());
     }
 
     #[test]
     fn ollamas_finish_is_its_end() {
         let mut journal = Journal::default();
-        journal.observe(Wire::Ollama, br#"{"response":"x","done":false}"#, MAX);
+        journal.observe(Wire::Ollama, br#"{"response":"x","done":false}"#, &EventFacts::default(), MAX);
         assert!(!journal.finished && !journal.done);
-        journal.observe(Wire::Ollama, br#"{"response":"","done":true}"#, MAX);
+        journal.observe(Wire::Ollama, br#"{"response":"","done":true}"#, &EventFacts::default(), MAX);
         assert!(journal.finished && journal.done);
+    }
+
+    #[test]
+    fn an_event_that_is_known_to_say_the_same_in_other_words_is_not_read() {
+        let said = |mould, data: &str| {
+            let at = data.find("said").map(|start| Text { start, end: start + 4, kind: TextKind::Content });
+            EventFacts { mould, text: at, ..EventFacts::default() }
+        };
+        let read = r#"{"choices":[{"index":0,"delta":{"content":"said"}}]}"#;
+        for (mould, text, unreadable) in [(7, "saidsaid", false), (8, "said", true), (0, "said", true)] {
+            let mut journal = Journal::default();
+            journal.observe(Wire::OpenAi, read.as_bytes(), &said(7, read), MAX);
+            let unread = "no JSON: said";
+            journal.observe(Wire::OpenAi, unread.as_bytes(), &said(mould, unread), MAX);
+            assert_eq!((journal.text(), journal.unreadable), (text.as_bytes(), unreadable), "{mould}");
+        }
+        // What nobody knows is never like what nobody knew before.
+        let mut journal = Journal::default();
+        for _ in 0..2 {
+            journal.observe(Wire::OpenAi, read.as_bytes(), &said(0, read), MAX);
+        }
+        assert_eq!((journal.last.channel, journal.text()), (None, &b"saidsaid"[..]));
     }
 
     /// Chunks that resemble each other, in the words of one API.
@@ -505,10 +533,19 @@ mod tests {
                 ..Journal::default()
             };
             let (mut knows, mut reads) = (journal(), journal());
+            let mut reader = EventReader::new(match wire {
+                Wire::Anthropic => Endpoint::AnthropicMessages,
+                _ => Endpoint::ChatCompletions,
+            });
             for event in &events {
-                knows.observe(wire, event.as_bytes(), MAX);
-                reads.last = Last::default();
-                reads.observe(wire, event.as_bytes(), MAX);
+                let told = format!("data: {event}\n\n");
+                let read = Decoder::new(MAX).feed(told.as_bytes(), |event| {
+                    let facts = reader.read(&event).unwrap();
+                    knows.observe(wire, event.data, &facts, MAX);
+                    reads.observe(wire, event.data, &EventFacts::default(), MAX);
+                    ControlFlow::Continue(())
+                });
+                prop_assert_eq!(read, Ok(told.len()));
             }
             (knows.last, reads.last) = (Last::default(), Last::default());
             prop_assert_eq!(format!("{knows:?}"), format!("{reads:?}"));

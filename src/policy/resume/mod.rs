@@ -58,7 +58,7 @@ use self::ids::Ids;
 use self::journal::{Cursor, Journal, completion_tokens};
 use self::unseen::hide;
 use self::wire::{Framing, Wire};
-use super::dialect::{Endpoint, Engine, read_ids, request_facts};
+use super::dialect::{Endpoint, Engine, EventFacts, read_ids, request_facts};
 use super::json::{Value, scan_top_level, write_string};
 use crate::sse::{Event, write_event};
 
@@ -527,9 +527,9 @@ impl Splice {
     }
 
     /// Leg 1: the data of each event that was forwarded unchanged (`[DONE]` included). The event must be
-    /// valid JSON, as the caller found it.
-    pub fn observe(&mut self, data: &[u8]) {
-        self.journal.observe(self.wire, data, self.policy.journal_bytes_max);
+    /// valid JSON, as the caller found it; `facts` are of the leg's one reader, or nothing is known of it.
+    pub fn observe(&mut self, data: &[u8], facts: &EventFacts) {
+        self.journal.observe(self.wire, data, facts, self.policy.journal_bytes_max);
     }
 
     /// Bytes it holds, for the process-wide memory bound.

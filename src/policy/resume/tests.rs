@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use super::model::{Answer, Part, Skin, Voice, generate, wire};
 use super::{Abandon, BadResumePolicy, NotArmed, Plan, Refused, ResumeMode, ResumePolicy, Splice, Strategy};
-use crate::policy::dialect::{Endpoint, Engine};
+use crate::policy::dialect::{Endpoint, Engine, EventFacts, EventReader};
 use crate::sse::Decoder;
 
 const BODY: &[u8] = br#"{"model":"m","stream":true,"messages":[{"role":"user","content":"Say it"}]}"#;
@@ -112,6 +112,22 @@ pub(super) fn events(wire: &[u8]) -> Vec<Vec<u8>> {
     all
 }
 
+/// Of an event that nobody has read.
+pub(super) fn unread() -> EventFacts {
+    EventFacts::default()
+}
+
+/// Leg 1 gives the client these whole events, as the relay tells its splice.
+pub(super) fn tell(splice: &mut Splice, reader: &mut EventReader, wire: &[u8]) {
+    let read = Decoder::new(1 << 20).feed(wire, |event| {
+        if event.has_data {
+            splice.observe(event.data, &reader.read(&event).unwrap_or_default());
+        }
+        ControlFlow::Continue(())
+    });
+    assert_eq!(read, Ok(wire.len()), "whole events only");
+}
+
 /// Ends of the blocks of a stream, its beginning first.
 pub(super) fn cuts(wire: &[u8]) -> Vec<usize> {
     let mut cuts = vec![0];
@@ -135,9 +151,7 @@ impl Stream {
     /// Leg 1 gave these bytes.
     fn begun(endpoint: Endpoint, body: &[u8], policy: &ResumePolicy, first: &[u8]) -> Self {
         let mut splice = Splice::arm(endpoint, body, policy).unwrap();
-        for data in events(first) {
-            splice.observe(&data);
-        }
+        tell(&mut splice, &mut EventReader::new(endpoint), first);
         Self { splice, got: first.to_vec(), body: body.to_vec() }
     }
 
@@ -539,7 +553,7 @@ proptest! {
         // Observed garbage is no different.
         let mut splice = Splice::arm(Endpoint::ChatCompletions, BODY, &ResumePolicy::default()).unwrap();
         for data in second.split(|&byte| byte == b'\n') {
-            splice.observe(data);
+            splice.observe(data, &unread());
         }
         let _ = splice.plan(None, BODY);
     }
@@ -938,7 +952,7 @@ fn an_event_read_quickly_says_what_it_says_read_slowly() {
         br#"{"choices":[{"index":0,"delta":{"content":"a"}}]}"#.as_slice(),
         br#"{"choices":[{"index":0,"delta":{"content":"a","b"}}]}"#,
     ] {
-        splice.observe(data);
+        splice.observe(data, &unread());
     }
     assert_eq!(splice.plan(None, BODY), Err(Refused::Unreadable));
 }
@@ -953,13 +967,13 @@ fn a_count_that_is_out_of_date_is_not_used() {
     let mut splice = Splice::arm(Endpoint::ChatCompletions, &body, &ResumePolicy::default()).unwrap();
     splice.withdraw(Strategy::Replay);
     let plain = br#"{"choices":[{"index":0,"delta":{"content":"a"}}]}"#;
-    splice.observe(plain);
-    splice.observe(counted("b", 2).to_string().as_bytes());
+    splice.observe(plain, &unread());
+    splice.observe(counted("b", 2).to_string().as_bytes(), &unread());
     // Of a token without text: it will be generated again.
-    splice.observe(counted("", 3).to_string().as_bytes());
+    splice.observe(counted("", 3).to_string().as_bytes(), &unread());
     let plan = splice.plan(Some(Engine::Sglang), &body).unwrap();
     let asked: Value = serde_json::from_slice(&plan.body.unwrap()).unwrap();
     assert_eq!(asked["max_tokens"], 7);
-    splice.observe(plain);
+    splice.observe(plain, &unread());
     assert_eq!(splice.plan(Some(Engine::Sglang), &body), Err(Refused::TokensUnknown));
 }

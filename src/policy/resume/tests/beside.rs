@@ -4,7 +4,7 @@ use serde_json::json;
 
 use super::super::model::{Answer, Skin, Voice, generate, wire};
 use super::super::{Abandon, ResumePolicy, Strategy};
-use super::{Stream, TEXT, View, answers, cuts, events, open_cuts, prompts};
+use super::{Stream, TEXT, View, answers, cuts, events, open_cuts, prompts, unread};
 use crate::policy::dialect::Endpoint;
 
 /// The blocks of a wire, whole.
@@ -16,7 +16,7 @@ fn blocks(wire: &[u8]) -> Vec<&[u8]> {
 impl Stream {
     fn old_leg(&mut self, block: &[u8]) {
         for data in events(block) {
-            self.splice.observe(&data);
+            self.splice.observe(&data, &unread());
         }
         self.got.extend_from_slice(block);
     }

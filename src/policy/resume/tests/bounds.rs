@@ -156,8 +156,7 @@ fn what_the_journal_keeps_is_counted() {
         (format!(r#"{{"created":"{name}","choices":[]}}"#), 300),
         (format!(r#"{{"model":"{name}","choices":[]}}"#), 300),
         (format!(r#"{{"system_fingerprint":"{name}","choices":[]}}"#), 300),
-        // Its text, and the event as the mould of the next.
-        (format!(r#"{{"choices":[{{"index":0,"delta":{{"content":"{name}"}}}}]}}"#), 600),
+        (format!(r#"{{"choices":[{{"index":0,"delta":{{"content":"{name}"}}}}]}}"#), 300),
         (
             format!(
                 r#"{{"choices":[{{"index":0,"delta":{{"tool_calls":[{{"index":0,"id":"{name}"}}]}}}}]}}"#
@@ -165,7 +164,7 @@ fn what_the_journal_keeps_is_counted() {
             300,
         ),
     ] {
-        stream.splice.observe(data.as_bytes());
+        stream.splice.observe(data.as_bytes(), &unread());
         let now = stream.splice.held();
         assert!(now >= held + least && now < held + 4 * least, "{held} {now}: {data}");
         held = now;
@@ -181,7 +180,7 @@ fn how_far_an_abandoned_replay_went_is_told_and_whether_the_answer_ended() {
     assert_eq!(stream.splice.repeated(), 3);
     assert!(!stream.splice.is_finished());
     let end = r#"{"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}"#;
-    stream.splice.observe(end.as_bytes());
+    stream.splice.observe(end.as_bytes(), &unread());
     assert!(stream.splice.is_finished() && !stream.splice.is_done());
 }
 
@@ -189,15 +188,15 @@ fn how_far_an_abandoned_replay_went_is_told_and_whether_the_answer_ended() {
 fn told_with_ids(engine: Engine, body: &str, tokens: usize, more: &str) -> Splice {
     let mut splice = Splice::arm(Endpoint::Completions, body.as_bytes(), &ResumePolicy::default()).unwrap();
     splice.tells_ids(engine, true);
-    splice.observe(br#"{"choices":[{"index":0,"text":"","prompt_token_ids":[7,8]}]}"#);
+    let block = |data: &str| format!("data: {data}\n\n");
+    let mut wire = block(r#"{"choices":[{"index":0,"text":"","prompt_token_ids":[7,8]}]}"#);
     for id in 0..tokens {
-        splice.observe(format!(r#"{{"choices":[{{"index":0,"text":"a","token_ids":[{id}]}}]}}"#).as_bytes());
+        wire += &block(&format!(r#"{{"choices":[{{"index":0,"text":"a","token_ids":[{id}]}}]}}"#));
     }
     if !more.is_empty() {
-        splice.observe(
-            format!(r#"{{"choices":[{{"index":0,"text":"{more}","token_ids":[1,2]}}]}}"#).as_bytes(),
-        );
+        wire += &block(&format!(r#"{{"choices":[{{"index":0,"text":"{more}","token_ids":[1,2]}}]}}"#));
     }
+    tell(&mut splice, &mut EventReader::new(Endpoint::Completions), wire.as_bytes());
     splice
 }
 
@@ -252,7 +251,7 @@ fn a_completion_without_a_limit_ends_where_its_engine_ends_it() {
         r#"{"choices":[{"index":1,"text":"x"}]}"#,
     ] {
         let mut splice = told_with_ids(Engine::Vllm, body, 16, "");
-        splice.observe(more.as_bytes());
+        splice.observe(more.as_bytes(), &unread());
         assert!(!splice.end_at_limit(body.as_bytes(), &mut Vec::new()), "{more}");
     }
 }
@@ -266,7 +265,7 @@ fn a_line_of_more_calls_than_were_told_is_not_taken_for_the_same() {
     };
     let (one, two) = (r#"{"function":{"name":"f"}}"#, r#"{"function":{"name":"g"}}"#);
     let mut splice = Splice::arm(Endpoint::OllamaChat, b"{}", &ResumePolicy::default()).unwrap();
-    splice.observe(line(one).as_bytes());
+    splice.observe(line(one).as_bytes(), &unread());
     let plan = splice.plan(None, b"{}").unwrap();
     splice.begin_leg(&plan);
     let (mut out, both) = (Vec::new(), line(&format!("{one},{two}")) + "\n");
@@ -349,7 +348,10 @@ fn an_end_that_is_written_here_is_in_the_words_of_its_api() {
                 ("a", r#""token_ids":[1]"#),
                 ("b", r#""token_ids":[2]"#),
             ] {
-                splice.observe(format!(r#"{{"choices":[{{"index":0,"text":"{text}",{ids}}}]}}"#).as_bytes());
+                splice.observe(
+                    format!(r#"{{"choices":[{{"index":0,"text":"{text}",{ids}}}]}}"#).as_bytes(),
+                    &unread(),
+                );
             }
             let mut out = Vec::new();
             assert!(splice.end_at_limit(body.as_bytes(), &mut out), "{endpoint:?}");
@@ -378,7 +380,7 @@ fn ids_that_the_client_has_seen_are_not_drawn_again() {
         splice.withdraw(Strategy::Replay);
         splice.withdraw(Strategy::Text);
         if !more.is_empty() {
-            splice.observe(more.as_bytes());
+            splice.observe(more.as_bytes(), &unread());
         }
         assert_eq!(splice.plan(peers, body.as_bytes()).map(|plan| plan.strategy), expected, "{more}");
     }

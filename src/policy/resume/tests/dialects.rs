@@ -5,8 +5,8 @@ use serde_json::{Value, json};
 
 use super::super::model::{Skin, Voice, pieces};
 use super::super::{Abandon, NotArmed, Refused, ResumePolicy, Splice, Strategy};
-use super::{TEXT, events};
-use crate::policy::dialect::Endpoint;
+use super::{TEXT, events, tell, unread};
+use crate::policy::dialect::{Endpoint, EventReader};
 use crate::sse::Lines;
 
 /// An API, as a replica speaks it and a client hears it.
@@ -278,10 +278,11 @@ struct Stream {
 impl Stream {
     fn begun(api: Api, first: &[Vec<u8>]) -> Self {
         let mut splice = Splice::arm(api.endpoint(), api.body(), &ResumePolicy::default()).unwrap();
+        let mut reader = EventReader::new(api.endpoint());
         for event in first {
             match api {
-                Api::Anthropic => events(event).iter().for_each(|data| splice.observe(data)),
-                Api::OllamaChat | Api::OllamaGenerate => splice.observe(event.trim_ascii_end()),
+                Api::Anthropic => tell(&mut splice, &mut reader, event),
+                Api::OllamaChat | Api::OllamaGenerate => splice.observe(event.trim_ascii_end(), &unread()),
             }
         }
         Self { api, splice, got: first.concat() }
@@ -446,7 +447,7 @@ fn what_is_not_understood_of_any_api_is_not_resumed() {
         let said = api.says(&api.answers()[0], 1, 1);
         let mut stream = Stream::begun(api, &said[..4]);
         let data = event.split_once("data: ").map_or(event.trim_end(), |(_, data)| data.trim_end());
-        stream.splice.observe(data.as_bytes());
+        stream.splice.observe(data.as_bytes(), &unread());
         assert_eq!(stream.splice.plan(None, api.body()), Err(Refused::Unreadable), "{event}");
         // Of a later leg it abandons that.
         let mut stream = Stream::begun(api, &said[..4]);
