@@ -5,10 +5,10 @@ every load, and fails where one of the numbers kept in instructions.toml has gro
     benches/instructions.py             compare
     benches/instructions.py --write     renew the numbers, in the commit whose change they are
 
-Counted are a request through the release build with every default on (EVERGATE_BIN, the lab in LAB_BIN), and the
-decisions of decisions.rs, among them all that is decided about an event. Needs valgrind. The whole proxy's number
-scatters by a part in a hundred, because wake-ups fall together or not; so it is asked up to three times and its
-least answer counts. An event through the whole proxy scatters by more than the gate allows: `icount.py --mode stream`.
+Counted are a request, and an event of a stream armed for resume, through the release build with every default on
+(EVERGATE_BIN, the lab in LAB_BIN), and the decisions of decisions.rs. Needs valgrind. The whole proxy's numbers scatter
+by a part in a hundred, because wake-ups fall together or not; so they are asked up to three times and the least answer
+counts. Events come one by one (`lab/lockstep.py`): under load they scatter by more than the gate allows.
 """
 import json, os, re, subprocess, sys
 
@@ -16,7 +16,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 KEPT = os.path.join(HERE, "instructions.toml")
 TOLERANCE = 0.03
 PROXY_TRIES = 3
-PROXY = {"request": "req"}
+PROXY = {"request": "req", "event": "lockstep"}
 DECISIONS = ["pick", "classify", "route", "request", "answer", "decode", "journal"]
 TIMES = (1000, 5000)  # of a decision; whole streams of the case `journal`
 
@@ -68,7 +68,8 @@ def main():
     def judge(name, measure, tries):
         limit, least = before.get(name, 0) * (1 + TOLERANCE), None
         for _ in range(tries):
-            number = measure(); least = min(number, least or number)
+            number = measure()
+            least = min(number, least or number)
             if not writing and least <= limit: break
         now[name] = least
         change = (least / before[name] - 1) * 100 if before.get(name) else 0

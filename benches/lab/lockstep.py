@@ -30,7 +30,11 @@ class Backends:
         while True:
             try: connection, _ = listener.accept()
             except OSError: return
-            threading.Thread(target=self.serve, args=(connection,), daemon=True).start()
+            threading.Thread(target=self.serve_until_gone, args=(connection,), daemon=True).start()
+
+    def serve_until_gone(self, connection):
+        try: self.serve(connection)
+        except ConnectionError: pass # the proxy has ended
 
     def serve(self, connection):
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
