@@ -41,8 +41,9 @@ const PIECE_BYTES_MAX: usize = 1024;
 /// In an answer that is told in one piece a run must be this long, or stand at its end: rulers and tables do not.
 const INSIDE_UNITS_MIN: usize = 32;
 
-/// So far apart are the places where they are looked for.
-const STRIDE: usize = 16;
+/// So far apart are the places where they are looked for: the shortest, of one byte, covers at one of them the nine
+/// bytes that show it.
+const STRIDE: usize = INSIDE_UNITS_MIN - 8;
 
 /// Units that are looked for inside an answer.
 const INSIDE_UNIT_BYTES_MAX: usize = 8;
@@ -267,8 +268,8 @@ fn tail_run(text: &[u8], units: u32) -> Option<&[u8]> {
     })
 }
 
-/// A run of `INSIDE_UNITS_MIN` bytes or more covers a whole stride and what is compared there, and is found without
-/// looking at every byte.
+/// A run of `INSIDE_UNITS_MIN` bytes or more covers a whole stride and what is compared behind it, and is found
+/// without looking at every byte.
 fn inside_run(text: &[u8]) -> Option<&[u8]> {
     let mut at = INSIDE_UNIT_BYTES_MAX;
     while let Some(around) = text.get(at - INSIDE_UNIT_BYTES_MAX..).and_then(|near| near.first_chunk()) {
@@ -491,7 +492,7 @@ mod tests {
         for unit in ["!", "ha", "no ", " the", "a, b;", "row | ", "<table>", "abcdefgh"] {
             for before in 0..2 * STRIDE {
                 let answer = |times: usize| {
-                    format!("{}{}0123456789", "0123456789".repeat(4).split_at(before).0, unit.repeat(times))
+                    format!("{}{}0123456789", "0123456789".repeat(STRIDE).split_at(before).0, unit.repeat(times))
                 };
                 let long = answer(INSIDE_UNITS_MIN);
                 let found = run_in(long.as_bytes()).map(|found| String::from_utf8_lossy(found).into_owned());
