@@ -492,7 +492,11 @@ mod tests {
         for unit in ["!", "ha", "no ", " the", "a, b;", "row | ", "<table>", "abcdefgh"] {
             for before in 0..2 * STRIDE {
                 let answer = |times: usize| {
-                    format!("{}{}0123456789", "0123456789".repeat(STRIDE).split_at(before).0, unit.repeat(times))
+                    format!(
+                        "{}{}0123456789",
+                        "0123456789".repeat(STRIDE).split_at(before).0,
+                        unit.repeat(times)
+                    )
                 };
                 let long = answer(INSIDE_UNITS_MIN);
                 let found = run_in(long.as_bytes()).map(|found| String::from_utf8_lossy(found).into_owned());
