@@ -3,7 +3,9 @@
 
 use std::ops::ControlFlow;
 
-use evergate::policy::dialect::{Endpoint, EventFacts, EventReader, classify_error_body, read_event, request_facts};
+use evergate::policy::dialect::{
+    Endpoint, EventFacts, EventReader, classify_error_body, read_event, request_facts,
+};
 use evergate::policy::json::{scan_top_level, validate};
 use evergate::sse::Event;
 use libfuzzer_sys::fuzz_target;

@@ -5,7 +5,7 @@
 use std::ops::ControlFlow;
 
 use evergate::policy::dialect::{Endpoint, Engine, EventReader};
-use evergate::policy::resume::{ResumePolicy, Splice};
+use evergate::policy::resume::{Peers, ResumePolicy, Splice};
 use evergate::sse::Decoder;
 use libfuzzer_sys::fuzz_target;
 use serde_json::Value;
@@ -28,7 +28,8 @@ fuzz_target!(|input: &[u8]| {
     });
     let (mut finishes, mut done) = (0, 0);
     for (leg, engine) in parts.zip([Some(Engine::Vllm), None]) {
-        let Ok(plan) = splice.plan(engine, BODY) else { return };
+        let peers = Peers { engine, text: engine.is_some(), ..Peers::default() };
+        let Ok(plan) = splice.plan(peers, BODY) else { return };
         splice.begin_leg(&plan);
         let mut out = Vec::new();
         let halves = leg.split_at(leg.len() / 2);
