@@ -1049,6 +1049,7 @@ mod tests {
             (b"01", 1, K::BadNumber),
             (b"[01, 2345678]", 2, K::BadNumber),
             (b"[1.  , 2345678]", 3, K::BadNumber),
+            (b"[1\xB5, 2345678]", 2, K::UnexpectedByte),
             (b"[12345678901e]", 13, K::BadNumber),
             (b"1.", 2, K::UnexpectedEnd),
             (b"1.x", 2, K::BadNumber),
@@ -1081,7 +1082,7 @@ mod tests {
         let mut reader = Reader::new(&text);
         assert_eq!(walk(&mut reader).unwrap_err().kind, JsonErrorKind::TooDeep);
         // What stands side by side is not nested.
-        let many = |one: &str| format!("[{}]", vec![one; 2 * depth_max].join(","));
+        let many = |one: &str| format!("[[{}]]", vec![one; depth_max].join(","));
         fn each(reader: &mut Reader<'_>) -> Result<(), JsonError> {
             match reader.peek()? {
                 Kind::Object => reader.object(|reader, _| each(reader)).map(drop),
