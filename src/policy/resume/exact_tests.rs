@@ -8,8 +8,8 @@ use serde_json::{Value, json};
 use super::id_model::{Quirk, Server};
 use super::tests::{View, cuts, events, open_cuts, tell, unread};
 use super::{
-    Abandon, Peers, Plan, Refused, RequestIds, ResumeMode, ResumePolicy, Splice, Strategy, Unseen,
-    ask_for_ids,
+    ASKED_EVENT_BYTES_MAX, Abandon, Peers, Plan, Refused, RequestIds, ResumeMode, ResumePolicy, Splice,
+    Strategy, Unseen, ask_for_ids,
 };
 use crate::policy::dialect::{Endpoint, Engine, EventReader};
 use crate::sse::Decoder;
@@ -498,6 +498,8 @@ fn ids_are_asked_for_only_where_they_can_be_used() {
     };
     assert!(asks(Endpoint::Completions, Engine::Vllm, &of_bytes(128 << 10)));
     assert!(!asks(Endpoint::Completions, Engine::Vllm, &of_bytes((128 << 10) + 1)));
+    // A token may be one byte: the ids of such a prompt fit into the event that tells them.
+    assert!(vec!["151643"; 128 << 10].join(",").len() < ASKED_EVENT_BYTES_MAX);
     for policy in [
         ResumePolicy { request_ids: RequestIds::Never, ..ResumePolicy::default() },
         ResumePolicy { mode: ResumeMode::Replay, ..ResumePolicy::default() },
