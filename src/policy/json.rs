@@ -1045,9 +1045,11 @@ mod tests {
             (b"-Infinity", 1, K::BadNumber),
             (b"tru", 3, K::UnexpectedEnd),
             (b"trux", 3, K::UnexpectedByte),
+            (b"falsx", 4, K::UnexpectedByte),
             (b"01", 1, K::BadNumber),
             (b"[01, 2345678]", 2, K::BadNumber),
             (b"[1.  , 2345678]", 3, K::BadNumber),
+            (b"[1\xB5, 2345678]", 2, K::UnexpectedByte),
             (b"[12345678901e]", 13, K::BadNumber),
             (b"1.", 2, K::UnexpectedEnd),
             (b"1.x", 2, K::BadNumber),
@@ -1056,6 +1058,7 @@ mod tests {
             (b"\"a\nb\"", 2, K::ControlCharacter),
             (b"\"\\x\"", 1, K::BadEscape),
             (b"\"\\u12G4\"", 5, K::BadEscape),
+            (b"\"\\u12", 5, K::UnexpectedEnd),
             (b"\"abc", 4, K::UnexpectedEnd),
             (b"\"\xFF\"", 1, K::BadUtf8),
             (b"{} {}", 3, K::TrailingBytes),
@@ -1078,6 +1081,17 @@ mod tests {
         let text = nested(depth_max + 1);
         let mut reader = Reader::new(&text);
         assert_eq!(walk(&mut reader).unwrap_err().kind, JsonErrorKind::TooDeep);
+        // What stands side by side is not nested.
+        let many = |one: &str| format!("[[{}]]", vec![one; depth_max].join(","));
+        fn each(reader: &mut Reader<'_>) -> Result<(), JsonError> {
+            match reader.peek()? {
+                Kind::Object => reader.object(|reader, _| each(reader)).map(drop),
+                _ => reader.array(each).map(drop),
+            }
+        }
+        for text in [many("[1]"), many(r#"{"a":1}"#)] {
+            assert_eq!(each(&mut Reader::new(text.as_bytes())), Ok(()), "{text}");
+        }
         // What is only skimmed has no depth.
         let body = [b"{\"a\":", &nested(1 << 20)[..], b"}"].concat();
         assert_eq!(scan_top_level(&body, |_, _| ControlFlow::Continue(())), Ok(()));
@@ -1099,7 +1113,7 @@ mod tests {
 
     #[test]
     fn values_read_as_what_they_are() {
-        let body = br#"{"s":"a\u00e9\ud83d\ude00\n\/","lone":"\ud800","n":12,"neg":-1,"f":1.5e2,"b":true,"z":null,"o":{"k":[1, [2] ,{}]},"e":" ","w":[ ],"big":18446744073709551616}"#;
+        let body = br#"{"s":"a\u00e9\ud83d\ude00\n\/","lone":"\ud800","half":"\ud83d\u0041","n":12,"nine":90,"neg":-1,"f":1.5e2,"b":true,"z":null,"o":{"k":[1, [2] ,{}]},"e":" ","w":[ ],"big":18446744073709551616}"#;
         let mut found = Vec::new();
         scan_top_level(body, |name, value| {
             assert_eq!(&body[value.span()], value.raw());
@@ -1110,18 +1124,32 @@ mod tests {
         let get = |name: &str| found.iter().find(|(own, _)| own == name).unwrap().1;
         assert_eq!(get("s").as_str().unwrap(), "aé😀\n/");
         assert_eq!(get("lone").as_str(), None);
-        assert_eq!(get("n").as_u64(), Some(12));
+        assert_eq!((get("half").as_str(), get("n").as_str()), (None, None));
+        assert_eq!((get("n").as_u64(), get("nine").as_u64()), (Some(12), Some(90)));
         assert_eq!(get("neg").as_u64(), None);
         assert_eq!(get("big").as_u64(), None);
         assert_eq!(get("f").as_f64(), Some(150.0));
         assert_eq!(get("b").as_bool(), Some(true));
-        assert!(get("z").is_null() && get("z").is_blank() && get("w").is_blank() && !get("e").is_blank());
+        assert!(
+            get("z").is_null()
+                && !get("n").is_null()
+                && get("z").is_blank()
+                && get("w").is_blank()
+                && !get("e").is_blank()
+        );
         let list = get("o").get("k").unwrap();
         assert_eq!(&body[list.span()], list.raw());
         let kinds: Vec<_> = list.elements().map(|element| element.kind()).collect();
         assert_eq!(kinds, [Kind::Number, Kind::Array, Kind::Object]);
         assert_eq!(list.elements().nth(1).map(|element| &body[element.span()]), Some(&b"[2]"[..]));
         assert_eq!(get("n").members().count() + get("n").elements().count(), 0);
+    }
+
+    #[test]
+    fn a_scan_that_is_not_stopped_looks_behind_the_object() {
+        let go_on = |text: &[u8]| scan_top_level(text, |_, _| ControlFlow::Continue(()));
+        assert_eq!(go_on(b"{\"a\":1} \n"), Ok(()));
+        assert_eq!(go_on(b"{\"a\":1} x"), Err(JsonError { offset: 8, kind: JsonErrorKind::TrailingBytes }));
     }
 
     #[test]

@@ -240,9 +240,11 @@ fn failing_probes_are_outvoted_by_succeeding_traffic() {
     let mut bench = Bench::healthy();
     bench.probe(ProbeVerdict::Fail);
     bench.pass(1.0);
+    assert_eq!((bench.health.served_at(), bench.health.outvotes_probes()), (None, false));
     bench.observe(Observation::Success);
     bench.probe(ProbeVerdict::Fail);
     assert_eq!(bench.probe(ProbeVerdict::Fail), Some(Transition::ProbesOutvoted { fails: 3 }));
+    assert_eq!((bench.health.served_at(), bench.health.outvotes_probes()), (Some(bench.now), true));
     for _ in 0..100 {
         bench.pass(5.0);
         assert_eq!(bench.probe(ProbeVerdict::Fail), None, "told once");

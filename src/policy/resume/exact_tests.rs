@@ -1,13 +1,15 @@
 //! Streams cut anywhere and continued from token ids, against the same streams uncut.
 
+use std::collections::BTreeSet;
+
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::id_model::{Quirk, Server};
 use super::tests::{View, cuts, events, open_cuts, tell, unread};
 use super::{
-    Abandon, Peers, Plan, Refused, RequestIds, ResumeMode, ResumePolicy, Splice, Strategy, Unseen,
-    ask_for_ids,
+    ASKED_EVENT_BYTES_MAX, Abandon, Peers, Plan, Refused, RequestIds, ResumeMode, ResumePolicy, Splice,
+    Strategy, Unseen, ask_for_ids,
 };
 use crate::policy::dialect::{Endpoint, Engine, EventReader};
 use crate::sse::Decoder;
@@ -104,6 +106,7 @@ impl Stream {
         assert_eq!(view, whole, "{note}");
         assert_eq!((view.roles <= 1, view.finishes.len(), view.done), (true, 1, 1), "{note}");
         assert_eq!(lists(&self.got), lists(uncut), "{note}");
+        assert_eq!(objects(&self.got), objects(uncut), "{note}");
     }
 }
 
@@ -119,6 +122,13 @@ fn lists(wire: &[u8]) -> Vec<Value> {
         }
     }
     all
+}
+
+/// What its events are said to be: a chat's chunks stay a chat's, whichever way it goes on.
+fn objects(wire: &[u8]) -> BTreeSet<String> {
+    let told = events(wire).into_iter().filter(|data| *data != b"[DONE]");
+    let read = |data: Vec<u8>| -> Value { serde_json::from_slice(&data).unwrap() };
+    told.map(|data| read(data)["object"].to_string()).collect()
 }
 
 /// Cuts everywhere and goes on from ids; returns how often that was possible.
@@ -482,8 +492,14 @@ fn ids_are_asked_for_only_where_they_can_be_used() {
         with_stop
     )));
     assert!(!asks(Endpoint::Completions, Engine::Vllm, r#"{"prompt":"a"}"#));
-    let long = format!(r#"{{"stream":true,"prompt":"{}"}}"#, "a".repeat(128 << 10));
-    assert!(!asks(Endpoint::Completions, Engine::Vllm, &long));
+    let of_bytes = |len: usize| {
+        let empty = r#"{"stream":true,"prompt":""}"#;
+        empty.replace(r#""""#, &format!("\"{}\"", "a".repeat(len - empty.len())))
+    };
+    assert!(asks(Endpoint::Completions, Engine::Vllm, &of_bytes(128 << 10)));
+    assert!(!asks(Endpoint::Completions, Engine::Vllm, &of_bytes((128 << 10) + 1)));
+    // A token may be one byte: the ids of such a prompt fit into the event that tells them.
+    assert!(vec!["151643"; 128 << 10].join(",").len() < ASKED_EVENT_BYTES_MAX);
     for policy in [
         ResumePolicy { request_ids: RequestIds::Never, ..ResumePolicy::default() },
         ResumePolicy { mode: ResumeMode::Replay, ..ResumePolicy::default() },

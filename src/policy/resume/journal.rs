@@ -466,6 +466,12 @@ mod tests {
             journal.observe(Wire::OpenAi, unread.as_bytes(), &said(mould, unread), MAX);
             assert_eq!((journal.text(), journal.unreadable), (text.as_bytes(), unreadable), "{mould}");
         }
+        // Who saw another text than is read here did not see what is new in it.
+        let mut journal = Journal::default();
+        let elsewhere =
+            EventFacts { text: Some(Text { start: 2, end: 9, kind: TextKind::Content }), ..said(7, read) };
+        journal.observe(Wire::OpenAi, read.as_bytes(), &elsewhere, MAX);
+        assert_eq!((journal.last.channel, journal.text()), (None, &b"said"[..]));
         // What nobody knows is never like what nobody knew before.
         let mut journal = Journal::default();
         for _ in 0..2 {

@@ -219,9 +219,18 @@ mod tests {
         let (mut budget, policy) = (Budget::default(), RetryPolicy::default());
         while budget.withdraw(at(1.0), &policy) {}
         let asked =
-            (100..1000).filter(|n| budget.withdraw_for_suspect(at(f64::from(*n) / 100.0), &policy, false));
+            (100..1100).filter(|n| budget.withdraw_for_suspect(at(f64::from(*n) / 100.0), &policy, false));
         let asked: Vec<i32> = asked.collect();
-        assert_eq!(asked.len(), 9, "{asked:?}");
+        assert_eq!(asked, [100, 200, 300, 400, 500, 600, 700, 800, 900, 1000]);
+    }
+
+    #[test]
+    fn while_more_than_the_reserve_is_left_nobody_waits_a_second() {
+        let (mut budget, policy) = (Budget::default(), RetryPolicy::default());
+        assert_eq!((0..88).filter(|_| budget.withdraw(at(1.0), &policy)).count(), 88);
+        assert!(budget.withdraw_for_suspect(at(1.0), &policy, false));
+        assert!(budget.withdraw_for_suspect(at(1.0), &policy, false), "the last before the reserve");
+        assert!(!budget.withdraw_for_suspect(at(1.5), &policy, false));
     }
 
     #[test]
@@ -252,6 +261,10 @@ mod tests {
         });
         assert_eq!(asked.count(), 2, "at once");
         assert!((budget.left(at(1.0), &policy) - 90.0).abs() < f64::EPSILON);
+        // Of what has left the window nothing is given back.
+        assert!(budget.withdraw_for_suspect(at(2.0), &policy, false));
+        budget.refund_suspect(at(20.0));
+        assert!((budget.left(at(20.0), &policy) - 90.0).abs() < f64::EPSILON);
     }
 
     #[test]
@@ -289,7 +302,12 @@ mod tests {
     fn a_small_pool_has_a_burst_of_eight() {
         let mut burst = Burst::default();
         assert_eq!((0..50).filter(|_| burst.withdraw(at(1.0), 1)).count(), 8);
-        assert_eq!((0..50).filter(|_| burst.withdraw(at(31.0), 1)).count(), 8);
+        assert_eq!(
+            (0..50).filter(|_| burst.withdraw(at(16.0), 1)).count(),
+            4,
+            "half of it after half the time"
+        );
+        assert_eq!((0..50).filter(|_| burst.withdraw(at(46.0), 1)).count(), 8);
         assert_eq!((0..50).filter(|_| burst.withdraw(at(1000.0), 1)).count(), 8, "it never grows beyond");
     }
 

@@ -308,6 +308,18 @@ mod tests {
     }
 
     #[test]
+    fn a_connection_is_lost_where_no_process_said_anything_more() {
+        for cause in
+            [Cause::Refused, Cause::ConnectTimeout, Cause::Unreachable, Cause::Closed, Cause::Truncated]
+        {
+            assert!(cause.lost_connection(), "{cause:?}");
+        }
+        for cause in [Cause::Answered, Cause::Status(503), Cause::Rescued, Cause::Drain, Cause::ClientGone] {
+            assert!(!cause.lost_connection(), "{cause:?}");
+        }
+    }
+
+    #[test]
     fn statuses_are_judged_by_the_catalogue() {
         for status in [500, 502, 504, 520, 527] {
             assert_eq!(judged(Cause::Status(status)), Verdict::Fault, "{status}");

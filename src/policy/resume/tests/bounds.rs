@@ -386,6 +386,124 @@ fn ids_that_the_client_has_seen_are_not_drawn_again() {
     }
 }
 
+/// The first event of a leg that continues the ids of [`told_with_ids`], of which it was given two.
+const TAKEN: &str = r#"{"choices":[{"index":0,"text":"b","prompt_token_ids":[7,8,0,1],"token_ids":[5]}]}"#;
+
+fn by_ids() -> Peers {
+    Peers { engine: Some(Engine::Vllm), text: false, ids: true, context_max: Some(1000) }
+}
+
+#[test]
+fn what_is_not_understood_of_a_leg_that_continues_ids_ends_resuming() {
+    let body = r#"{"model":"m","stream":true,"prompt":"p","max_tokens":50}"#;
+    let mut splice = told_with_ids(Engine::Vllm, body, 2, "");
+    let plan = splice.plan(by_ids(), body.as_bytes()).unwrap();
+    assert_eq!(plan.strategy, Strategy::Exact);
+    splice.begin_leg(&plan);
+    let (unknown, more) = (r#"{"choices":[7]}"#, r#"{"choices":[{"index":0,"text":"c","token_ids":[6]}]}"#);
+    let leg = format!("data: {TAKEN}\n\ndata: {unknown}\n\ndata: {more}\n\n");
+    let mut out = Vec::new();
+    splice.feed(leg.as_bytes(), &mut out).unwrap();
+    assert_eq!((View::of(&out).text().as_str(), splice.text_from(0)), ("bc", &b"aabc"[..]));
+    assert_eq!(splice.plan(by_ids(), body.as_bytes()), Err(Refused::Unreadable));
+}
+
+#[test]
+fn a_third_leg_is_given_the_ids_of_the_second() {
+    let body = r#"{"model":"m","stream":true,"prompt":"p","max_tokens":50}"#;
+    let mut splice = told_with_ids(Engine::Vllm, body, 2, "");
+    let plan = splice.plan(by_ids(), body.as_bytes()).unwrap();
+    splice.begin_leg(&plan);
+    splice.feed(format!("data: {TAKEN}\n\n").as_bytes(), &mut Vec::new()).unwrap();
+    let plan = splice.plan(by_ids(), body.as_bytes()).unwrap();
+    let asked: Value = serde_json::from_slice(&plan.body.unwrap()).unwrap();
+    assert_eq!((&asked["prompt"], &asked["max_tokens"]), (&json!([7, 8, 0, 1, 5]), &json!(47)));
+}
+
+#[test]
+fn the_ids_of_a_second_leg_are_counted() {
+    let body = r#"{"model":"m","stream":true,"prompt":"p","max_tokens":9000}"#;
+    let peers = Peers { context_max: Some(20_000), ..by_ids() };
+    let mut splice = told_with_ids(Engine::Vllm, body, 1000, "");
+    let without = splice.held();
+    let plan = splice.plan_beside(peers, body.as_bytes()).unwrap();
+    assert_eq!(plan.strategy, Strategy::Exact);
+    splice.begin_beside(&plan);
+    assert!(splice.held() >= without + 4 * 1000, "{without} {}", splice.held());
+}
+
+#[test]
+fn the_usage_of_a_continued_text_counts_the_prompt_by_its_ids() {
+    let body =
+        r#"{"model":"m","stream":true,"prompt":"p","max_tokens":50,"stream_options":{"include_usage":true}}"#;
+    let mut splice = told_with_ids(Engine::Vllm, body, 3, "");
+    let plan = splice.plan(Some(Engine::Vllm), body.as_bytes()).unwrap();
+    assert_eq!(plan.strategy, Strategy::Text);
+    splice.begin_leg(&plan);
+    let leg = "data: {\"choices\":[{\"index\":0,\"text\":\"bc\",\"finish_reason\":\"stop\"}]}\n\n\
+               data: {\"choices\":[],\"usage\":{\"prompt_tokens\":90,\"completion_tokens\":4}}\n\n";
+    let mut out = Vec::new();
+    splice.feed(leg.as_bytes(), &mut out).unwrap();
+    let whole = json!({"prompt_tokens": 2, "total_tokens": 9, "completion_tokens": 7});
+    assert_eq!(View::of(&out).usage, Some(whole));
+}
+
+#[test]
+fn an_event_that_says_nothing_new_is_not_told_again() {
+    let said = event(r#"{"role":"assistant","content":"ab"}"#)
+        + &event(r#"{"tool_calls":[{"index":0,"id":"A","function":{"name":"f"}}]}"#);
+    let known = event(r#"{"tool_calls":[{"index":0,"id":"B"}]}"#);
+    let usage = "data: {\"choices\":[{\"index\":0,\"delta\":{}}],\"usage\":{\"completion_tokens\":2}}\n\n";
+    for silent in [&known[..], usage] {
+        let mut stream = Stream::chat(said.as_bytes());
+        stream.replay((said.clone() + silent).as_bytes()).unwrap();
+        assert_eq!(stream.got, said.as_bytes(), "{silent}");
+    }
+    let without_role = event(r#"{"content":"ab"}"#);
+    let mut stream = Stream::chat(without_role.as_bytes());
+    stream.replay((without_role.clone() + usage).as_bytes()).unwrap();
+    assert_eq!(stream.got, without_role.as_bytes());
+    // A call that is announced by its id alone is new.
+    let other = event(r#"{"tool_calls":[{"index":1,"id":"B"}]}"#);
+    let mut stream = Stream::chat(said.as_bytes());
+    stream.replay((said.clone() + &other).as_bytes()).unwrap();
+    assert_eq!(stream.got, (said + &other).as_bytes());
+}
+
+#[test]
+fn no_role_is_told_within_an_answer() {
+    let said = event(r#"{"content":"ab"}"#);
+    for first in [r#"{"role":"assistant","content":""}"#, r#"{"role":"assistant","content":"ab"}"#] {
+        let mut stream = Stream::chat(said.as_bytes());
+        let leg = event(first) + &event(r#"{"content":"ab"}"#);
+        let leg = if first.contains("ab") { event(first) } else { leg };
+        stream.replay(leg.as_bytes()).unwrap();
+        assert_eq!(stream.got, said.as_bytes(), "{first}");
+    }
+}
+
+#[test]
+fn a_token_across_the_seam_is_not_told_with_its_log_probability() {
+    let token = |text: &str| {
+        format!(
+            "data: {{\"choices\":[{{\"index\":0,\"delta\":{{\"content\":\"{text}\"}},\"logprobs\":{{\"content\":[{{}}]}}}}]}}\n\n"
+        )
+    };
+    let mut stream = Stream::chat(token("ab").as_bytes());
+    assert_eq!(stream.replay((token("a") + &token("bc")).as_bytes()), Err(Abandon::Unsplittable));
+    assert_eq!(stream.got, token("ab").as_bytes());
+}
+
+#[test]
+fn another_call_under_a_known_index_keeps_its_id() {
+    let begin = |id: &str, name: &str| {
+        event(&format!(r#"{{"tool_calls":[{{"index":0,"id":"{id}","function":{{"name":"{name}"}}}}]}}"#))
+    };
+    let mut stream = Stream::chat(begin("A", "f").as_bytes());
+    stream.replay((begin("B", "f") + &begin("C", "g")).as_bytes()).unwrap();
+    assert_eq!(stream.got, (begin("A", "f") + &begin("C", "g")).as_bytes());
+}
+
 #[test]
 fn a_version_is_written_as_it_is_read() {
     let version = super::super::Version(0, 10, 2);
