@@ -345,6 +345,25 @@ async fn whole_answers_are_asked_again_before_they_are_shown() {
 }
 
 #[tokio::test]
+async fn who_was_overruled_is_no_witness() {
+    let otherwise_bad = [good()[..8].to_vec(), vec!["?".to_owned(); 60]].concat();
+    let replicas = [bad(), otherwise_bad, good()];
+    let backends = pool(&replicas.map(|tokens| (tokens, Duration::ZERO))).await;
+    let proxy = by_tier(&backends);
+    proxy.probed().await;
+    // The second serves where the first fails, and is overruled by the third.
+    backends[0].set_script(Script::new().by_request(|_| reply::json(500, &json!({}))));
+    for (offences_of, asked) in [([0, 1, 0], [1, 1, 1]), ([1, 1, 0], [2, 1, 2])] {
+        let answer = Http::One.send(proxy.addr, &chat_request(false)).await;
+        assert_eq!(answer.json()["choices"][0]["message"]["content"], json!(good().concat()));
+        assert_eq!([0, 1, 2].map(|nth| offences(&proxy, &backends[nth])), offences_of);
+        assert_eq!([0, 1, 2].map(|nth: usize| backends[nth].requests().len()), asked);
+        backends[0].set_script(replica(bad(), Duration::ZERO));
+    }
+    proxy.is_quiet().await;
+}
+
+#[tokio::test]
 async fn completions_are_watched_as_chats_are() {
     let backends = pool(&[(bad(), Duration::ZERO), (good(), Duration::ZERO)]).await;
     let proxy = by_tier(&backends);
