@@ -262,9 +262,13 @@ fn compare(
     let peers: SmallVec<[Summary; PEERS_INLINE]> = peers.collect();
     let of = |value: fn(&Summary) -> f64| peers.iter().map(value).collect::<Values>();
     let usual = median(&mut of(|peer| peer.median))?;
-    let excess = own.excess - median(&mut of(|peer| peer.excess))?;
     let ratio = (own.median - usual).exp();
-    if ratio < policy.ratio_min || excess < floor.as_secs_f64() {
+    // Most go no further: each backend is compared with each.
+    if ratio < policy.ratio_min {
+        return None;
+    }
+    let excess = own.excess - median(&mut of(|peer| peer.excess))?;
+    if excess < floor.as_secs_f64() {
         return None;
     }
     // Peers differ among each other, and a median of few samples is off by chance; the backend's own spread is no
@@ -365,20 +369,37 @@ type Values = SmallVec<[f64; PEERS_INLINE]>;
 
 /// The middle value, or the mean of the two in the middle.
 fn median(values: &mut Values) -> Option<f64> {
-    values.sort_unstable_by(f64::total_cmp);
-    let upper = values.len() / 2;
-    let lower = values.len().saturating_sub(1) / 2;
-    Some((values.get(lower)? + values.get(upper)?) / 2.0)
+    if values.is_empty() {
+        return None;
+    }
+    let (middle, even) = (values.len() / 2, values.len().is_multiple_of(2));
+    let (below, &mut upper, _) = values.select_nth_unstable_by(middle, f64::total_cmp);
+    let lower = below.iter().copied().filter(|_| even).max_by(f64::total_cmp).unwrap_or(upper);
+    Some((lower + upper) / 2.0)
 }
 
 #[cfg(test)]
 mod tests {
     use super::{
-        BELIEF_HALF_LIFE, Measure, OutlierPolicy, Reading, SAMPLES_MAX, Sample, Slowness, Speed, slowness,
+        BELIEF_HALF_LIFE, Measure, OutlierPolicy, Reading, SAMPLES_MAX, Sample, Slowness, Speed, median,
+        slowness,
     };
     use crate::policy::Moment;
     use proptest::prelude::{any, prop, prop_assert, prop_assert_eq, proptest};
     use std::time::Duration;
+
+    proptest! {
+        #[test]
+        fn the_median_is_in_the_middle_of_what_is_sorted(values in prop::collection::vec(-1e6..1e6, 0..40)) {
+            let mut sorted = values.clone();
+            sorted.sort_by(f64::total_cmp);
+            let expected = match sorted.len() {
+                0 => None,
+                len => Some((sorted[(len - 1) / 2] + sorted[len / 2]) / 2.0),
+            };
+            prop_assert_eq!(median(&mut values.into_iter().collect()), expected);
+        }
+    }
 
     /// A pool in which each backend's samples are given, in seconds where a second is usual.
     struct Fleet {
